@@ -1,0 +1,103 @@
+"""The paper's two algorithms: encode an image to noise level L, decode it while a task pulls.
+
+Encode and decode are the same step along the same levels in opposite directions:
+
+    e  = eps_theta(x, t) - s sqrt(1 - ab) g          g: gradient of the task's score, decode only
+    x0 = (x - sqrt(1 - ab) e) / sqrt(ab)
+    x' = sqrt(ab') x0 + sqrt(1 - ab') e              (eq. 3 downwards, eq. 4 upwards)
+
+Algorithm 1 (regression) and Algorithm 2 (segmentation) differ in the score alone, so the score is an argument.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from knife.ops import ddim_step
+from knife.schedule import Schedule, timestep
+
+Network = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N, C or 2C, H, W]
+Score = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N], higher is nearer to the target
+Track = Callable[[int, Tensor], None]  # called with (level, x at that level) after every step
+
+
+def encode(net: Network, x: Tensor, schedule: Schedule, levels: Sequence[int], track: Track | None = None) -> Tensor:
+    """Encode images deterministically to noise level levels[-1] (eq. 4; first loop of Algorithms 1 and 2).
+
+    Nothing is clamped here: a clamp cannot be undone.
+
+    Args:
+        net: the diffusion model; of 2C output channels the first C are eps.
+        x: clean images [N, C, H, W] in the model's value range.
+        schedule: the levels the model was trained on.
+        levels: rising levels from 0, as `schedule.path` gives them.
+        track: called after every step.
+
+    Returns:
+        The noisy images x_L, [N, C, H, W].
+    """
+    return walk(net, x, schedule, levels, track=track)
+
+
+def decode(
+    net: Network,
+    x: Tensor,
+    schedule: Schedule,
+    levels: Sequence[int],
+    score: Score | None = None,
+    scale: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+    track: Track | None = None,
+) -> Tensor:
+    """Decode noisy images back to level 0 while the gradient of a score pulls (eq. 3; Algorithms 1 and 2).
+
+    Args:
+        net: the diffusion model; of 2C output channels the first C are eps.
+        x: images [N, C, H, W] at noise level levels[-1].
+        schedule: the levels the model was trained on.
+        levels: the same rising levels that encoded x; they are walked downwards.
+        score: how well noisy images fit the target, one number an image; None decodes unguided.
+        scale: the paper's s; 0 is bit for bit the unguided result.
+        clamp: limits of the predicted clean image x0; None leaves it free, which keeps the round trip exact.
+        track: called after every step.
+
+    Returns:
+        The translated images, [N, C, H, W].
+    """
+    return walk(net, x, schedule, levels[::-1], score if scale else None, scale, clamp, track)
+
+
+@torch.no_grad()
+def walk(
+    net: Network,
+    x: Tensor,
+    schedule: Schedule,
+    levels: Sequence[int],
+    score: Score | None = None,
+    scale: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+    track: Track | None = None,
+) -> Tensor:
+    """Take one step for each pair of neighbouring levels."""
+    ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
+    alpha_bar = schedule.alpha_bar.to(x.device)
+    for level, next_level in pairwise(levels):
+        t = timestep(level * ones).long()
+        eps = net(x, t)[:, : x.shape[1]].to(x.dtype)
+        g = gradient(score, x, t) if score else None
+        x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, scale * ones, clamp)  # eq. 3, 4
+        if track:
+            track(next_level, x)
+    return x
+
+
+def gradient(score: Score, x: Tensor, t: Tensor) -> Tensor:
+    """Differentiate a score with respect to the images alone: [N, C, H, W].
+
+    The images of a batch do not see each other, so the gradient of the sum holds every image's own.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(score(x, t).sum(), x)[0]

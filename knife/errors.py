@@ -1,0 +1,47 @@
+"""What knife says when it refuses: one base class, one catch in the CLI.
+
+    KnifeError            exit code 2 unless a child says otherwise
+    ├── InputError        an image, mask or data folder cannot be used as it is
+    ├── TargetError       --target does not mean anything to the task
+    ├── TaskError         a task plugin is unknown, broken or breaks its contract
+    ├── ModelError        a checkpoint is missing, damaged or does not fit
+    ├── SettingsError     an option has an impossible value, or differs from the run it resumes
+    ├── DeviceError       the device asked for is not there, or has too little memory
+    └── OpsError          KNIFE_OPS=native, and the compiled ops cannot be had
+
+A message names the option or file, what was found there, and what to do next.
+"""
+
+
+class KnifeError(Exception):
+    """Base of every refusal; `exit_code` is what the command line exits with."""
+
+    exit_code = 2
+
+
+class InputError(KnifeError):
+    """An image, mask or data folder cannot be used as it is."""
+
+
+class TargetError(KnifeError):
+    """A target does not mean anything to the task."""
+
+
+class TaskError(KnifeError):
+    """A task plugin is unknown, broken, or breaks its contract."""
+
+
+class ModelError(KnifeError):
+    """A checkpoint is missing, damaged, or does not fit what it shall be used with."""
+
+
+class SettingsError(KnifeError):
+    """An option has an impossible value, or differs from the run it resumes."""
+
+
+class DeviceError(KnifeError):
+    """The device asked for is not there, or has too little memory."""
+
+
+class OpsError(KnifeError):
+    """The compiled ops were required and cannot be had."""

@@ -1,0 +1,66 @@
+"""The hooks of a task: all that knife asks of a plugin.
+
+A task says how well a noised image fits its target, as one number per image. knife adds the noise, differentiates, scales and
+steps; a task never sees autograd, schedules, devices or file formats. `train` and `guide` are twins: one loss descended over the
+network's weights, one score climbed over the image's pixels.
+
+Every hook is called on one plugin alone, and may leave out arguments it does not need.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from knife.data import Case
+    from knife.image import Image
+    from knife.spec import ImageSpec
+
+hookspec = pluggy.HookspecMarker("knife")
+hookimpl = pluggy.HookimplMarker("knife")
+
+REQUIRED = ("label", "build", "train", "target", "guide")
+OPTIONAL = ("configure", "evaluate")
+
+
+@hookspec(firstresult=True)
+def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
+    """Return what the task must remember of its training data, as JSON: class names, range and unit of the label.
+
+    `label` is the user's --label, or None: then the task chooses. Optional; without it the config is empty.
+    """
+
+
+@hookspec(firstresult=True)
+def label(case: "Case", config: Mapping[str, Any]) -> "Tensor":
+    """Return the training label of one case: a class index, a number, a mask [1, H, W]."""
+
+
+@hookspec(firstresult=True)
+def build(image_spec: "ImageSpec", config: Mapping[str, Any]) -> "nn.Module":
+    """Return a new network, called as net(x [N, C, H, W], t [N]); `image_spec` builds the usual ones."""
+
+
+@hookspec(firstresult=True)
+def train(net: "nn.Module", x: "Tensor", t: "Tensor", label: "Tensor") -> "Tensor":
+    """Return the loss over a batch of noised images x [N, C, H, W] at timesteps t [N], a scalar, to descend over the weights."""
+
+
+@hookspec(firstresult=True)
+def target(text: str, image: "Image", image_spec: "ImageSpec", config: Mapping[str, Any]) -> "Tensor":
+    """Return the value of --target for one image as a tensor; raise TargetError saying what is wanted if it means nothing."""
+
+
+@hookspec(firstresult=True)
+def guide(net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor") -> "Tensor":
+    """Return how well each noised image fits its target, [N], to climb over the pixels; target is [N, ...]."""
+
+
+@hookspec(firstresult=True)
+def evaluate(
+    net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: Mapping[str, Any]
+) -> "dict[str, Tensor]":
+    """Return named numbers for the report, each [N] in the user's units: what the network sees in each image. Optional."""

@@ -1,0 +1,241 @@
+"""Finds task plugins, and lets the rest of knife see one plugin as a `Task`.
+
+Plugins are entry points of the group `knife`; an entry point's name is the word after --task. Each is imported on its own,
+so that a broken one becomes a row of `knife plugins list` and never a crash; a task that is asked for by name imports its
+own plugin alone, so that no other can slow it down or spoil it.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from knife import hookspecs
+from knife.errors import KnifeError, TaskError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from knife.data import Case
+    from knife.ddim import Score
+    from knife.image import Image
+    from knife.spec import ImageSpec
+
+GROUP = "knife"
+HOOKS = (*hookspecs.OPTIONAL[:1], *hookspecs.REQUIRED, *hookspecs.OPTIONAL[1:])  # in the order a task lives them
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")  # a task's name is also a file's: models/<dataset>/<task>.safetensors
+RESERVED = ("diffusion",)  # `knife train diffusion` is the model itself
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A row of `knife plugins list`."""
+
+    task: str
+    hooks: tuple[str, ...]
+    distribution: str
+    version: str
+    status: str  # "ok", or why it cannot be used
+    module: object = None
+
+    @property
+    def usable(self) -> bool:
+        """Tell whether the task can be used."""
+        return self.status == "ok"
+
+
+def names() -> list[str]:
+    """Return the names of all registered tasks, sorted; nothing is imported."""
+    return sorted({point.name for point in entry_points(group=GROUP)})
+
+
+def plugins(task: str | None = None) -> list[Plugin]:
+    """Import the registered plugins (of one task alone, if it is named) and return a row for each, sorted by task.
+
+    Of two plugins that claim one task neither is usable: which one is meant is not for knife to guess.
+    """
+    points = entry_points(group=GROUP) if task is None else entry_points(group=GROUP, name=task)
+    rows = sorted((inspect(point) for point in points), key=lambda row: (row.task, row.distribution))
+    claims: dict[str, list[str]] = {}
+    for row in rows:
+        claims.setdefault(row.task, []).append(row.distribution)
+    return [
+        row
+        if len(claims[row.task]) == 1
+        else replace(row, status=f"claimed by {' and '.join(claims[row.task])}; uninstall all but one")
+        for row in rows
+    ]
+
+
+def inspect(point: EntryPoint) -> Plugin:
+    """Import one plugin and say what it offers, or why it cannot be used."""
+    row = Plugin(point.name, (), "?", "?", "ok")
+    try:
+        if point.dist:
+            row = replace(row, distribution=point.dist.name or "?", version=point.dist.version or "?")
+        with redirect_stdout(sys.stderr):  # what a plugin prints must not get into the output of --json
+            module = point.load()
+            hooks = registered(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a stranger's module may raise anything, SystemExit included
+        return replace(row, status=" ".join(f"{type(error).__name__}: {error}".split()))
+    return replace(row, hooks=hooks, module=module, status=fault(point.name, module, hooks) or "ok")
+
+
+def fault(name: str, module: object, hooks: Sequence[str]) -> str:
+    """Say why a plugin that could be imported cannot be used, or nothing if it can."""
+    if name in RESERVED:
+        return f"the name {name} is taken by the model itself; rename the entry point"
+    if not NAME.fullmatch(name):
+        return "the name must be lowercase letters, digits and _, a letter first, 40 at most; rename the entry point"
+    unmarked = " (there, but not marked with @hookimpl)"
+    missing = [hook + unmarked * hasattr(module, hook) for hook in hookspecs.REQUIRED if hook not in hooks]
+    return f"lacks {', '.join(missing)}" if missing else ""
+
+
+def registered(module: object) -> tuple[str, ...]:
+    """Return the hooks a module implements; pluggy raises if one has arguments that the hook does not know."""
+    manager = manager_of(module)
+    return tuple(hook for hook in HOOKS if getattr(manager.hook, hook).get_hookimpls())
+
+
+def manager_of(module: object) -> pluggy.PluginManager:
+    """Return a plugin manager that knows one plugin alone, so that none can spoil another."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    manager.register(module)
+    manager.check_pending()
+    return manager
+
+
+def task(name: str) -> "Task":
+    """Return a usable task by name.
+
+    Raises:
+        TaskError: if no plugin of that name is registered, or it is broken.
+    """
+    found = plugins(name)
+    if not found:
+        known = ", ".join(names()) or "none: reinstall knife"
+        raise TaskError(f"task {name}: no plugin offers it; choose from {known} (knife plugins list).")
+    if not found[0].usable:
+        owners = " and ".join(row.distribution for row in found)
+        raise TaskError(f"task {name}: its plugin ({owners}) cannot be used: {found[0].status} (knife plugins list).")
+    return Task(name, manager_of(found[0].module), found[0].hooks)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One plugin seen through its hooks; what a hook returns is checked here, so that the caller can rely on its form."""
+
+    name: str
+    manager: pluggy.PluginManager
+    hooks: tuple[str, ...]
+
+    def call(self, hook: str, **arguments: object) -> Any:
+        """Call a hook; what a plugin raises of its own becomes a TaskError that names task and hook."""
+        try:
+            return getattr(self.manager.hook, hook)(**arguments)
+        except (KnifeError, MemoryError):
+            raise
+        except (Exception, SystemExit) as error:
+            if type(error).__name__ == "OutOfMemoryError":  # the device's fault, not the plugin's
+                raise
+            raise TaskError(f"task {self.name}: its hook {hook} failed: {type(error).__name__}: {error}") from error
+
+    def tensor(self, hook: str, **arguments: object) -> "Tensor":
+        """Call a hook that returns a tensor."""
+        from torch import Tensor
+
+        value = self.call(hook, **arguments)
+        if not isinstance(value, Tensor):
+            raise self.violation(hook, value, "a tensor")
+        return value
+
+    def violation(self, hook: str, value: object, wanted: str) -> TaskError:
+        """Return the error that says what a hook returned and what it must return."""
+        return TaskError(f"task {self.name}: its hook {hook} returned {describe(value)}; it must return {wanted}.")
+
+    def configure(self, cases: "Sequence[Case]", label: str | None = None) -> dict[str, Any]:
+        """Return what the task remembers of its training data."""
+        config = self.call("configure", cases=cases, label=label)
+        if config is None:
+            return {}
+        if not isinstance(config, dict) or not survives_json(config):
+            wanted = "a dict that JSON gives back as it was: text as keys; text, finite numbers, lists and dicts in it"
+            raise self.violation("configure", config, wanted)
+        return config
+
+    def label(self, case: "Case", config: Mapping[str, Any]) -> "Tensor":
+        """Return the training label of a case."""
+        return self.tensor("label", case=case, config=config)
+
+    def build(self, image_spec: "ImageSpec", config: Mapping[str, Any]) -> "nn.Module":
+        """Return a new network of the task."""
+        from torch.nn import Module
+
+        net = self.call("build", image_spec=image_spec, config=config)
+        if not isinstance(net, Module):
+            raise self.violation("build", net, "a torch.nn.Module, called as net(x, t)")
+        return net
+
+    def train(self, net: "nn.Module", x: "Tensor", t: "Tensor", label: "Tensor") -> "Tensor":
+        """Return the training loss over a batch, a scalar."""
+        loss = self.tensor("train", net=net, x=x, t=t, label=label)
+        if loss.ndim != 0:
+            raise self.violation("train", loss, "one scalar loss, as a tensor of shape []")
+        return loss
+
+    def target(self, text: str, image: "Image", image_spec: "ImageSpec", config: Mapping[str, Any]) -> "Tensor":
+        """Return the wanted value as a tensor, in the form of a label."""
+        return self.tensor("target", text=text, image=image, image_spec=image_spec, config=config)
+
+    def score(self, net: "nn.Module", target: "Tensor") -> "Score":
+        """Return the score to climb towards a batch of targets [N, ...]."""
+
+        def score(x: "Tensor", t: "Tensor") -> "Tensor":
+            value = self.tensor("guide", net=net, x=x, t=t, target=target)
+            if value.shape != x.shape[:1]:
+                raise self.violation("guide", value, f"one score for each image, here of shape [{len(x)}]")
+            return value
+
+        return score
+
+    def evaluate(
+        self, net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: Mapping[str, Any]
+    ) -> "dict[str, Tensor]":
+        """Return the task's named numbers for each image, or nothing if it has none."""
+        numbers = self.call("evaluate", net=net, x=x, t=t, target=target, config=config)
+        if numbers is None:
+            return {}
+        if not isinstance(numbers, dict) or not all(isinstance(name, str) for name in numbers):
+            raise self.violation("evaluate", numbers, "a dict from names to tensors")
+        for name, values in numbers.items():
+            if getattr(values, "shape", None) != x.shape[:1] or not bool(values.isfinite().all()):
+                wanted = f"a finite number for each image, as a tensor of shape [{len(x)}]"
+                raise self.violation("evaluate", values, f"{wanted}, for {name!r} as for every name")
+        return numbers
+
+
+def survives_json(value: object) -> bool:
+    """Tell whether a value is the same after it was stored as JSON and read again."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
+
+
+def describe(value: object) -> str:
+    """Describe what a hook returned, for a message."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        flaw = "" if bool((value == value).all()) else " with NaN in it"
+        return f"a tensor of shape {list(value.shape)} and type {str(value.dtype).removeprefix('torch.')}{flaw}"
+    text = repr(value)
+    return "nothing" if value is None else f"a {type(value).__name__}" + f" ({text})" * (len(text) <= 80)

@@ -1,0 +1,81 @@
+"""Classification: healthy or diseased, or any other classes (the task of Wolleb et al., arXiv 2203.04306)."""
+
+import torch
+from torch.nn import functional as F
+
+from knife.errors import InputError, TargetError
+from knife.hookspecs import hookimpl
+
+DISEASE = "mask"
+
+
+@hookimpl
+def configure(cases, label):
+    """Choose the label (a column of few words, else whether the mask is empty), and remember the class names."""
+    name = label or next(iter(word_columns(cases)), DISEASE if cases[0].mask is not None else None)
+    if name is None:
+        raise InputError("classify: the data hold neither classes nor masks to learn from; put each class into a folder of its own.")
+    classes = sorted({word(case, name) for case in cases})
+    if len(classes) < 2:
+        raise InputError(f"classify: every image has {name} = {classes[0]}; two classes are the least.")
+    return {"label": name, "classes": classes}
+
+
+@hookimpl
+def label(case, config):
+    """Return the index of the case's class."""
+    found = word(case, config["label"])
+    if found not in config["classes"]:
+        raise InputError(f"{case.name}: {config['label']} is {found!r}, none of {', '.join(config['classes'])}.")
+    return torch.tensor(config["classes"].index(found))
+
+
+@hookimpl
+def build(image_spec, config):
+    """Build the encoder half of the U-Net with one output a class."""
+    return image_spec.build_encoder(len(config["classes"]))
+
+
+@hookimpl
+def train(net, x, t, label):
+    """Return the cross-entropy."""
+    return F.cross_entropy(net(x, t), label)
+
+
+@hookimpl
+def target(text, config):
+    """Read the name of a class."""
+    if text not in config["classes"]:
+        raise TargetError(f"--target {text}: no such class; give one of {', '.join(config['classes'])}.")
+    return torch.tensor(config["classes"].index(text))
+
+
+@hookimpl
+def guide(net, x, t, target):
+    """Return log p(y)."""
+    return net(x, t).log_softmax(1).gather(1, target[:, None])[:, 0]
+
+
+@hookimpl
+def evaluate(net, x, t, config):
+    """Return the probability of each class."""
+    return {f"p({name})": p for name, p in zip(config["classes"], net(x, t).softmax(1).unbind(1), strict=False)}
+
+
+def word_columns(cases):
+    """Yield the columns of at most a hundred different words, none of which is a fraction."""
+    for name in cases[0].values:
+        words = {case.values.get(name) for case in cases}
+        if None not in words and len(words) <= 100 and not any("." in w for w in words):
+            yield name
+
+
+def word(case, name):
+    """Return a case's class: of a column, or whether its mask is empty."""
+    if name != DISEASE:
+        if name not in case.values:
+            raise InputError(f"{case.name}: has no {name}, though --label names it.")
+        return case.values[name]
+    if case.mask is None:
+        raise InputError(f"{case.name}: has no mask, though the others have one.")
+    return "diseased" if case.mask.any() else "healthy"

@@ -1,0 +1,108 @@
+"""Regression: an age, a relative tumour size, any number (Algorithm 1).
+
+The network predicts the label in standard units, (value - mean)/std, so that one guidance scale means the same for years and for
+fractions. A target of + or - asks for more or less without end (section 4.1 of the paper) and stands as an infinite value.
+"""
+
+import math
+from statistics import fmean, pstdev
+
+import torch
+from torch.nn import functional as F
+
+from knife.errors import InputError, TargetError
+from knife.hookspecs import hookimpl
+
+TUMOUR = "relative size of the mask"
+
+
+@hookimpl
+def configure(cases, label):
+    """Choose the label (a column of numbers, else the mask's share of the brain), and remember its range."""
+    name = label or next(iter(numeric_columns(cases)), TUMOUR if cases[0].mask is not None else None)
+    if name is None:
+        raise InputError("regress: the data hold neither numbers nor masks to learn from; give a manifest with a column of numbers.")
+    values = [value(case, name) for case in cases]
+    return {
+        "label": name,
+        "low": min(values),
+        "high": max(values),
+        "mean": fmean(values),
+        "std": pstdev(values) or 1.0,
+    }
+
+
+@hookimpl
+def label(case, config):
+    """Return the case's value in standard units."""
+    return torch.tensor((value(case, config["label"]) - config["mean"]) / config["std"])
+
+
+@hookimpl
+def build(image_spec):
+    """Build the encoder half of the U-Net with one output."""
+    return image_spec.build_encoder(1)
+
+
+@hookimpl
+def train(net, x, t, label):
+    """Return the mean squared error."""
+    return F.mse_loss(net(x, t)[:, 0], label)
+
+
+@hookimpl
+def target(text, config):
+    """Read a number in the label's own unit, + or -."""
+    if text in ("+", "-"):
+        return torch.tensor(float(f"{text}inf"))
+    low, high = config["low"], config["high"]
+    wanted = f"give a number from {low:g} to {high:g} ({config['label']}), + for more or - for less"
+    try:
+        number = float(text)
+    except ValueError:
+        raise TargetError(f"--target {text}: not a number; {wanted}.") from None
+    if not low <= number <= high:
+        raise TargetError(f"--target {text}: outside the values the model was trained on; {wanted}.")
+    return torch.tensor((number - config["mean"]) / config["std"])
+
+
+@hookimpl
+def guide(net, x, t, target):
+    """Return -1/2 (R - v)^2, whose gradient is c grad R with c = v - R; towards infinity, the prediction itself."""
+    prediction = net(x, t)[:, 0]
+    distance = -0.5 * (prediction - target.nan_to_num(posinf=0, neginf=0)) ** 2
+    return torch.where(target.isinf(), target.sign() * prediction, distance)
+
+
+@hookimpl
+def evaluate(net, x, t, config):
+    """Return the predicted value in the label's own unit."""
+    return {"value": net(x, t)[:, 0] * config["std"] + config["mean"]}
+
+
+def numeric_columns(cases):
+    """Yield the columns whose every value is a finite number."""
+    for name in cases[0].values:
+        if all(is_number(case.values.get(name)) for case in cases):
+            yield name
+
+
+def is_number(text):
+    """Tell whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except (TypeError, ValueError):
+        return False
+
+
+def value(case, name):
+    """Return a case's number: of a column, or the mask's area over the brain's (the pixels brighter than the background)."""
+    if name != TUMOUR:
+        if not is_number(case.values.get(name)):
+            raise InputError(f"{case.name}: {name} is {case.values.get(name)!r}, not a number.")
+        return float(case.values[name])
+    if case.mask is None:
+        raise InputError(f"{case.name}: has no mask, though the others have one.")
+    floor = case.pixels.amin((1, 2), keepdim=True)
+    brain = (case.pixels > floor + 0.05 * (case.pixels.amax((1, 2), keepdim=True) - floor)).any(0)
+    return float(case.mask.sum() / brain.sum().clamp(min=1))

@@ -1,0 +1,321 @@
+"""Encode and decode against closed forms: Gaussian data, for which the exact eps is known.
+
+A network sees timesteps, and t = 0 stands for the levels 0 and 1 alike. An exact eps must tell them apart, so the exact networks
+here are told the levels that they will be asked at, in order, and check the timestep that they are asked with.
+"""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from knife.ddim import decode, encode, gradient
+from knife.schedule import Schedule, path
+
+KINDS = ("linear", "cosine")
+patient = settings(deadline=None, derandomize=True, max_examples=40)
+schedules = st.builds(Schedule, st.sampled_from(KINDS), st.integers(1, 1500))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gaussian_eps(schedule, mean, variance, levels):
+    """Return the exact eps of data N(mean, variance), for a walk that asks at `levels` in order."""
+    remaining = iter(levels)
+
+    def net(x, t):
+        level = next(remaining)
+        assert t.tolist() == [max(level - 1, 0)] * len(x)
+        ab = schedule.alpha_bar[level]
+        return (1 - ab).sqrt() * (x - ab.sqrt() * mean) / (ab * variance + 1 - ab)
+
+    return net
+
+
+def round_trip(schedule, levels, x, mean, std):
+    noisy = encode(gaussian_eps(schedule, mean, std**2, levels[:-1]), x, schedule, levels)
+    return decode(gaussian_eps(schedule, mean, std**2, levels[:0:-1]), noisy, schedule, levels)
+
+
+def angles(schedule, levels, std):
+    """Return theta_k = atan2(sqrt(1 - ab_k), sqrt(ab_k) s)."""
+    ab = schedule.alpha_bar[levels]
+    return torch.atan2((1 - ab).sqrt(), ab.sqrt() * std)
+
+
+def tolerance(schedule, level):
+    """Return 1e-12, or a few roundings of x/sqrt(alpha_bar) at levels where hardly any signal is left."""
+    return max(1e-12, 8 * torch.finfo(torch.float64).eps / schedule.alpha_bar[level].sqrt().item())
+
+
+def with_alpha_bar(alpha_bar):
+    """Return a schedule of given levels."""
+    schedule = Schedule(T=len(alpha_bar) - 1)
+    vars(schedule)["alpha_bar"] = alpha_bar  # where its cached property looks first
+    return schedule
+
+
+# --- P1: a constant eps makes the round trip the identity ---------------------------------------------------------------------
+
+
+@patient
+@given(schedules, st.data())
+def test_round_trip_with_a_constant_eps_is_the_identity(schedule, data):
+    noise_level = data.draw(st.integers(1, schedule.T))
+    levels = path(noise_level, data.draw(st.integers(1, min(noise_level, 60))))
+    x, eps = normal(2, 3, 4, 4).clamp(-1, 1), normal(1, 3, 4, 4, seed=1)
+    net = lambda x, t: eps.expand_as(x)  # noqa: E731
+    back = decode(net, encode(net, x, schedule, levels), schedule, levels)
+    assert (back - x).abs().max() <= tolerance(schedule, noise_level)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [500, 999])
+def test_round_trip_over_every_level_is_the_identity(kind, steps):
+    schedule, levels = Schedule(kind), path(steps, steps)
+    x, eps = normal(1, 1, 4, 4), normal(1, 1, 4, 4, seed=1)
+    net = lambda x, t: eps  # noqa: E731
+    assert (decode(net, encode(net, x, schedule, levels), schedule, levels) - x).abs().max() <= 1e-12
+
+
+# --- P2, P3: the exact gain of a round trip, and its order --------------------------------------------------------------------
+
+
+@patient
+@given(schedules, st.data(), st.floats(0.1, 3), st.floats(-1, 1))
+def test_round_trip_multiplies_the_deviation_by_the_product_of_squared_cosines(schedule, data, std, mean):
+    noise_level = data.draw(st.integers(1, schedule.T))
+    levels = path(noise_level, data.draw(st.integers(1, min(noise_level, 60))))
+    x = normal(1, 2, 3, 3)
+    gain = angles(schedule, levels, std).diff().cos().square().prod()
+    error = round_trip(schedule, levels, x, mean, std) - mean - gain * (x - mean)
+    assert error.abs().max() <= tolerance(schedule, noise_level)
+
+
+@patient
+@given(st.integers(1, 200), st.floats(0.1, 3), st.floats(0.01, 0.999))
+def test_equal_angle_steps_lose_less_than_a_share_of_one_over_their_number(steps, std, share):
+    theta = torch.linspace(0, share * math.pi / 2, steps + 1, dtype=torch.float64)
+    schedule = with_alpha_bar(1 / (1 + (std * theta.tan()) ** 2))
+    gain = round_trip(schedule, list(range(steps + 1)), torch.ones(1, 1, 1, 1, dtype=torch.float64), 0.0, std).item()
+    assert gain == pytest.approx(math.cos(share * math.pi / 2 / steps) ** (2 * steps), abs=1e-10)
+    assert -1e-12 <= 1 - gain <= (math.pi / 2) ** 2 / steps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("std", [1.0, 2.0])
+@pytest.mark.parametrize("noise_level", [2048, 4096])
+def test_loss_of_the_round_trip_halves_with_the_step(kind, std, noise_level):
+    schedule, x = Schedule(kind, 4096), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    loss = [1 - round_trip(schedule, path(noise_level, n), x, 0.0, std).item() for n in (16, 32, 64, 128, 256)]
+    ratios = [coarse / fine for coarse, fine in pairwise(loss)]
+    assert all(1.85 <= ratio <= 2.1 for ratio in ratios)
+    assert abs(ratios[-1] - 2) < abs(ratios[0] - 2)  # so that N (1 - gain) tends to a constant
+
+
+# --- P4: decode in closed form ------------------------------------------------------------------------------------------------
+
+
+@patient
+@given(schedules, st.data(), st.floats(0.1, 3), st.floats(-1, 1))
+def test_decode_of_gaussian_data_has_a_closed_form(schedule, data, std, mean):
+    noise_level = data.draw(st.integers(1, schedule.T))
+    levels = path(noise_level, data.draw(st.integers(1, min(noise_level, 60))))
+    assume(schedule.alpha_bar[noise_level] * std**2 > 1e-9)
+    ab, x = schedule.alpha_bar[levels], normal(1, 2, 3, 3)
+    v = ab * std**2 + 1 - ab
+    factor = (((ab[1:] * ab[:-1]).sqrt() * std**2 + ((1 - ab[1:]) * (1 - ab[:-1])).sqrt()) / v[1:]).prod()
+    expected = mean + factor * (x - ab[-1].sqrt() * mean)  # sqrt(ab_0) = 1
+    decoded = decode(gaussian_eps(schedule, mean, std**2, levels[:0:-1]), x, schedule, levels)
+    torch.testing.assert_close(decoded, expected, rtol=1e-11, atol=tolerance(schedule, noise_level))
+
+
+# --- P5, P6: guidance ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("noise_level", "steps"), [(1, 1), (300, 1), (400, 7), (500, 50), (900, 300)])
+def test_exact_guidance_is_unguided_decoding_of_the_posterior(kind, noise_level, steps):
+    schedule, levels = Schedule(kind), path(noise_level, steps)
+    shape, std, noise_variance, y = (2, 1, 2, 3), 0.7, 0.3, 1.5  # y = w.x0 + noise
+    mean, w, x = normal(6, seed=1), normal(6, seed=2), normal(*shape, seed=3)
+    gain = std**2 * w / (noise_variance + std**2 * (w @ w))
+    posterior_mean = mean + gain * (y - w @ mean)
+    posterior_covariance = std**2 * (torch.eye(6, dtype=torch.float64) - torch.outer(gain, w))
+
+    def score(x, t):  # log p(y | x_k) up to a constant
+        ab = schedule.alpha_bar[t + 1][:, None]
+        v = ab * std**2 + 1 - ab
+        expected = mean + ab.sqrt() * std**2 / v * (x.flatten(1) - ab.sqrt() * mean)
+        return -0.5 * (y - expected @ w) ** 2 / (noise_variance + (w @ w) * (std**2 * (1 - ab) / v)[:, 0])
+
+    def posterior_eps(x, t):
+        ab = schedule.alpha_bar[t[0] + 1]
+        covariance = ab * posterior_covariance + (1 - ab) * torch.eye(6, dtype=torch.float64)
+        return (1 - ab).sqrt() * torch.linalg.solve(covariance, (x.flatten(1) - ab.sqrt() * posterior_mean).T).T.view(shape)
+
+    prior_eps = gaussian_eps(schedule, mean.view(1, *shape[1:]), std**2, levels[:0:-1])
+    guided = decode(prior_eps, x, schedule, levels, score, scale=1.0)
+    torch.testing.assert_close(guided, decode(posterior_eps, x, schedule, levels), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 10, 200])
+def test_guidance_by_a_linear_regressor_changes_the_image_along_its_weights_alone(kind, steps):
+    schedule, levels = Schedule(kind), path(400, steps)
+    x, w = normal(3, 2, 4, 4), normal(2, 4, 4, seed=1) / 32**0.5
+    predicted = lambda x: (x * w).sum((1, 2, 3))  # noqa: E731
+    unguided = decode(gaussian_eps(schedule, 0.2, 0.25, levels[:0:-1]), x, schedule, levels)
+
+    def guided(target):
+        net = gaussian_eps(schedule, 0.2, 0.25, levels[:0:-1])
+        return decode(net, x, schedule, levels, lambda x, t: -0.5 * (predicted(x) - target) ** 2, scale=0.5)
+
+    results = [guided(target) for target in (-4.0, -1.0, 2.0, 5.0)]
+    for result in results:
+        change = result - unguided
+        across = change - predicted(change)[:, None, None, None] * w / w.square().sum()
+        assert across.abs().max() <= 1e-13 * max(1, change.abs().max().item())
+    values = torch.stack([predicted(result) for result in results])
+    assert (values.diff(dim=0) > 0.01).all()  # grows with the target
+
+
+@pytest.mark.parametrize("clamp", [None, (-1.0, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scale_zero_is_bit_for_bit_unguided(clamp, dtype):
+    schedule, levels, x = Schedule(), path(300, 12), normal(2, 1, 4, 4).to(dtype)
+    net = lambda x, t: torch.sin(3 * x)  # noqa: E731
+    guided = decode(net, x, schedule, levels, lambda x, t: x.flatten(1).sum(1), scale=0.0, clamp=clamp)
+    assert torch.equal(guided, decode(net, x, schedule, levels, clamp=clamp))
+
+
+def test_opposite_scores_pull_in_opposite_directions():
+    schedule, levels, x = Schedule(), path(300, 12), normal(2, 1, 4, 4)
+    net = lambda x, t: 0.5 * x  # noqa: E731
+    up, unguided, down = (
+        decode(net, x, schedule, levels, lambda x, t, s=sign: s * x.flatten(1).sum(1), scale=0.1) for sign in (1, 0, -1)
+    )
+    assert (up > unguided).all()
+    torch.testing.assert_close(up - unguided, unguided - down, rtol=1e-9, atol=1e-12)
+
+
+# --- Gradients ----------------------------------------------------------------------------------------------------------------
+
+
+class Watched(nn.Module):
+    """A network that notes whether its answers can be differentiated."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.layer = nn.Conv2d(2, outputs, 3, padding=1).double()
+        self.asked = []
+
+    def forward(self, x, t):
+        out = self.layer(x)
+        self.asked.append(torch.is_grad_enabled() or out.requires_grad)
+        return out
+
+
+def test_no_gradient_flows_through_the_diffusion_network():
+    schedule, levels = Schedule(), path(200, 8)
+    torch.manual_seed(0)
+    net, guide = Watched(4), Watched(1)
+    x = normal(2, 2, 4, 4).requires_grad_()
+    result = decode(net, encode(net, x, schedule, levels), schedule, levels, lambda x, t: guide(x, t).mean((1, 2, 3)), scale=3)
+    assert net.asked == [False] * 16
+    assert guide.asked == [True] * 8
+    assert not result.requires_grad
+    assert x.grad is None
+    assert all(parameter.grad is None for parameter in [*net.parameters(), *guide.parameters()])
+
+
+def test_a_network_that_refuses_autograd_can_be_translated_with():
+    def net(x, t):
+        assert not torch.is_grad_enabled()
+        return x
+
+    with torch.enable_grad():
+        decode(net, normal(1, 1, 2, 2), Schedule(), [0, 10, 20], lambda x, t: x.flatten(1).sum(1), scale=1)
+
+
+def test_gradient_is_of_each_image_alone():
+    x, t = normal(3, 1, 4, 4), torch.tensor([1, 5, 9])
+    score = lambda x, t: (x**3).sum((1, 2, 3)) * t  # noqa: E731
+    torch.testing.assert_close(gradient(score, x, t), 3 * x**2 * t.view(3, 1, 1, 1), rtol=1e-14, atol=0)
+    assert not gradient(score, x, t).requires_grad
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    schedule, levels, x = Schedule(), path(300, 9), normal(3, 1, 4, 4)
+    net = lambda x, t: torch.sin(x) * (1 + t.view(-1, 1, 1, 1) / 1000)  # noqa: E731
+    translate = lambda x: decode(net, x, schedule, levels, lambda x, t: -(x**2).sum((1, 2, 3)), 0.3)  # noqa: E731
+    assert torch.equal(translate(x), torch.cat([translate(one) for one in x.split(1)]))
+
+
+# --- The walk -----------------------------------------------------------------------------------------------------------------
+
+
+def test_both_directions_ask_at_the_level_they_come_from():
+    asked, tracked = [], []
+
+    def net(x, t):
+        asked.append(t.tolist())
+        return torch.zeros_like(x)
+
+    x, levels = normal(1, 1, 2, 2), [0, 1, 2, 5]
+    noisy = encode(net, x, Schedule(), levels, track=lambda level, x: tracked.append((level, x)))
+    assert torch.equal(tracked[-1][1], noisy)
+    decode(net, noisy, Schedule(), levels, track=lambda level, x: tracked.append((level, x)))
+    assert asked == [[0], [0], [1], [4], [1], [0]]
+    assert [level for level, _ in tracked] == [1, 2, 5, 2, 1, 0]
+
+
+def test_the_channels_of_a_learned_sigma_are_not_read():
+    schedule, levels, x = Schedule(), path(300, 5), normal(2, 3, 4, 4)
+    plain = lambda x, t: torch.sin(x)  # noqa: E731
+    learned = lambda x, t: torch.cat([torch.sin(x), torch.full_like(x, torch.nan)], 1)  # noqa: E731
+    assert torch.equal(encode(learned, x, schedule, levels), encode(plain, x, schedule, levels))
+    assert torch.equal(decode(learned, x, schedule, levels), decode(plain, x, schedule, levels))
+
+
+def test_a_network_of_lower_precision_answers_in_the_precision_of_the_images():
+    x = normal(1, 1, 2, 2)
+    assert encode(lambda x, t: x.bfloat16(), x, Schedule(), [0, 10]).dtype == torch.float64
+
+
+# --- Clamping -----------------------------------------------------------------------------------------------------------------
+
+
+def test_clamp_limits_the_predicted_clean_image_of_every_step():
+    schedule, levels, x = Schedule(), [0, 100, 250, 400], 3 * normal(2, 1, 4, 4)
+    net = lambda x, t: 0.1 * x  # noqa: E731
+    seen = []
+    result = decode(net, x, schedule, levels, clamp=(-0.5, 0.75), track=lambda level, x: seen.append(x))
+    for (level, below), before, after in zip([(400, 250), (250, 100), (100, 0)], [x, *seen], seen, strict=False):
+        ab, ab_below = schedule.alpha_bar[level], schedule.alpha_bar[below]
+        x0 = ((before - (1 - ab).sqrt() * 0.1 * before) / ab.sqrt()).clamp(-0.5, 0.75)
+        eps = (before - ab.sqrt() * x0) / (1 - ab).sqrt()  # what x and the clamped x0 imply
+        torch.testing.assert_close(after, ab_below.sqrt() * x0 + (1 - ab_below).sqrt() * eps, rtol=0, atol=1e-13)
+    assert (result.min(), result.max()) == (-0.5, 0.75)
+
+
+def test_a_clamp_that_is_never_reached_changes_nothing():
+    schedule, levels, x = Schedule(), path(300, 10), normal(2, 1, 4, 4)
+    net = lambda x, t: 0.5 * x  # noqa: E731
+    assert torch.equal(decode(net, x, schedule, levels, clamp=(-1e3, 1e3)), decode(net, x, schedule, levels))
+
+
+def test_clamping_loses_the_round_trip_that_encoding_without_a_clamp_keeps():
+    schedule, levels, x = Schedule(), path(300, 10), normal(2, 1, 4, 4)
+    eps = normal(2, 1, 4, 4, seed=1)
+    noisy = encode(lambda x, t: eps, x, schedule, levels)
+    assert (decode(lambda x, t: eps, noisy, schedule, levels) - x).abs().max() < 1e-12
+    clamped = decode(lambda x, t: eps, noisy, schedule, levels, clamp=(-1, 1))
+    assert clamped.abs().max() <= 1
+    assert (clamped - x).abs().max() > 0.1
