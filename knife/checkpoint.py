@@ -1,12 +1,12 @@
-"""Stored models: one safetensors file holds the weights and a card that says what they are; `models/<dataset>/<kind>.safetensors`.
+"""Stored models: one safetensors file holds the weights and a card that says what they are.
 
-No pickle is ever read here, so a stranger's file can do no harm.
+They lie in `models/<dataset>/<kind>.safetensors`. No pickle is ever read here, so a stranger's file can do no harm. A
+hash beside the card tells if a bit has changed on the disk.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from knife import image
 from knife.errors import KnifeError, ModelError
 from knife.schedule import Schedule
 from knife.spec import ImageSpec
@@ -52,7 +53,13 @@ class Card:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Card":
-        """Rebuild a card from `to_json`."""
+        """Rebuild a card from `to_json`.
+
+        Raises KeyError, TypeError, ValueError, AttributeError or KnifeError if the values are those of no card.
+        """
+        for name, kind in {"kind": str, "dataset": str, "config": dict, "guidance": dict, "training": dict}.items():
+            if not isinstance(values[name], kind):
+                raise TypeError(f"{name} is {values[name]!r}")
         schedule = Schedule(values["schedule"]["kind"], values["schedule"]["T"])
         return cls(
             values["kind"],
@@ -65,7 +72,11 @@ class Card:
         )
 
     def build(self) -> nn.Module:
-        """Build the network the card describes, with fresh weights."""
+        """Build the network the card describes, with fresh weights.
+
+        Raises:
+            TaskError: if the task's plugin is not there or broken.
+        """
         if self.kind == "diffusion":
             return self.spec.build_unet(2 * len(self.spec.channels))  # eps and the v of a learned sigma
         return task(self.kind).build(self.spec, self.config)
@@ -79,24 +90,45 @@ class Stored:
     card: Card
 
 
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
 def write_safely(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash either the old or the new one is there, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file so that after a crash either the old or the new one is there, whole.
+
+    Raises:
+        ModelError: if the disk is full or the folder cannot be written to; the old file stays.
+    """
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        image.write_safely(path, data)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written ({error.strerror or error}); make room, or allow it.") from error
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON description as one safetensors file."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_safely(path, serialise(contiguous, {"knife": json.dumps(about)}))
+    """Write tensors and a JSON description as one safetensors file, with a hash over both.
+
+    Raises:
+        ModelError: if the disk is full or the folder cannot be written to; the old file stays.
+    """
+    stored = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    plain = json.loads(json.dumps(about))  # lists for tuples and texts for keys, as they will be read
+    text = json.dumps({**plain, "sha256": seal(plain, stored)})
+    write_safely(path, serialise(stored, {"knife": text}))
+
+
+def seal(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over a description and tensors on the CPU, names and shapes included."""
+    text = json.dumps({k: v for k, v in about.items() if k != "sha256"}, sort_keys=True)
+    hashed = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -105,25 +137,36 @@ def read_about(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: if the file is missing, damaged, or not knife's.
     """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; check the name, or train the model first.")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["knife"])
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file.") from None
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: not a model that knife stored, or damaged ({type(error).__name__}).") from error
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise ModelError(f"{path}: {DAMAGED} ({type(error).__name__}).") from error
     if not isinstance(about, dict):
-        raise ModelError(f"{path}: not a model that knife stored.")
+        raise ModelError(f"{path}: {DAMAGED} (it describes itself as a {type(about).__name__}).")
     return about
 
 
+DAMAGED = "not written by knife, or damaged; copy it anew or remove it"
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file that `save` wrote."""
+    """Read the tensors of a file that `save` wrote.
+
+    Raises:
+        ModelError: if the file is missing, damaged, or a bit of it has changed since it was written.
+    """
+    about = read_about(path)
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safe_open is no dict
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged ({type(error).__name__}: {error}).") from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safe_open is no dict
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path}: {DAMAGED} ({type(error).__name__}).") from error
+    if "sha256" in about and about["sha256"] != seal(about, tensors):
+        raise ModelError(f"{path}: {DAMAGED} (its checksum differs).")
+    return tensors
 
 
 def describe(path: Path) -> Stored:
@@ -133,11 +176,13 @@ def describe(path: Path) -> Stored:
         ModelError: if the file is missing, damaged, not a model of knife, or of a later format.
     """
     about = read_about(path)
-    if about.get("format") != FORMAT:
-        raise ModelError(f"{path}: card of format {about.get('format')!r}, this knife reads {FORMAT}; update knife.")
+    if "format" not in about:
+        raise ModelError(f"{path}: has no card, so it is no model; give a file that knife models list shows.")
+    if about["format"] != FORMAT:
+        raise ModelError(f"{path}: card of format {about['format']!r}, this knife reads {FORMAT}; update knife.")
     try:
         return Stored(path, Card.from_json(about))
-    except (KeyError, TypeError, ValueError, KnifeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, KnifeError) as error:
         raise ModelError(f"{path}: its card is damaged ({type(error).__name__}: {error}).") from error
 
 
@@ -145,15 +190,26 @@ def load(stored: Stored, device: torch.device | str = "cpu") -> nn.Module:
     """Build a stored network with its weights: in float32, frozen, ready to be asked.
 
     Raises:
-        ModelError: if the weights do not fit the card.
+        ModelError: if the file is damaged or the weights do not fit the card.
+        TaskError: if the task's plugin is not there or broken.
     """
-    net = stored.card.build()
     weights = read_tensors(stored.path)
     try:
-        net.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except RuntimeError as error:
-        raise ModelError(f"{stored.path}: its weights do not fit its card: {str(error).splitlines()[1].strip()}") from error
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        net = stored.card.build()
+        net.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in weights.items()})
+    except KnifeError:
+        raise
+    except Exception as error:  # a damaged card may ask for a network that cannot be built in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{stored.path}: its weights do not fit its card: {reason}") from error
+    return ready(net, device).eval().requires_grad_(False)
+
+
+def ready(net: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move a network to a device, its weights laid out as convolutions like them best."""
+    move: Any = net.to  # the declared types leave out memory_format
+    moved: nn.Module = move(device, memory_format=torch.channels_last)
+    return moved
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -161,20 +217,44 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
 
     Raises:
         ModelError: if the file is missing, damaged, or not a model of knife.
+        TaskError: if the task's plugin is not there or broken.
     """
     return load(describe(Path(path)), device)
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file.
+
+    Raises:
+        ModelError: if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
-def stored_models(models: Path) -> list[Stored]:
-    """Return every model of a models folder, sorted by data set and kind; training states are no models."""
-    paths = sorted(p for p in models.glob("*/*.safetensors") if not p.name.endswith(".resume.safetensors"))
-    return [describe(path) for path in paths]
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def stored_models(models: Path, skip: Callable[[ModelError], None] | None = None) -> list[Stored]:
+    """Return every model of a models folder, sorted by data set and kind; training states are no models.
+
+    `skip` hears of each file that cannot be read; without it the first of them raises.
+
+    Raises:
+        ModelError: if there is such a file and no `skip`.
+    """
+    found = []
+    for path in sorted(p for p in models.glob("*/*.safetensors") if not p.name.endswith(".resume.safetensors")):
+        try:
+            found.append(describe(path))
+        except ModelError as error:
+            if skip is None:
+                raise
+            skip(error)
+    return found
 
 
 def check_fit(diffusion: Stored, guide: Stored) -> None:
@@ -183,15 +263,20 @@ def check_fit(diffusion: Stored, guide: Stored) -> None:
     Raises:
         ModelError: naming every difference.
     """
-    sides = [
-        {
-            "schedule": s.card.schedule,
-            "channels": s.card.spec.channels,
-            "size": s.card.spec.size,
-            "value range": s.card.spec.value_range,
-        }
-        for s in (diffusion, guide)
-    ]
-    differences = [f"{key} {sides[1][key]} against {sides[0][key]}" for key in sides[0] if sides[0][key] != sides[1][key]]
+    its, wanted = (terms(stored.card) for stored in (guide, diffusion))
+    differences = [f"{key} {its[key]} against {wanted[key]}" for key in wanted if its[key] != wanted[key]]
     if differences:
-        raise ModelError(f"{guide.path}: does not fit {diffusion.path}: {'; '.join(differences)}. Train it on the same settings.")
+        raise ModelError(
+            f"{guide.path}: does not fit {diffusion.path}: {'; '.join(differences)}. Train it on the same settings."
+        )
+
+
+def terms(card: Card) -> dict[str, str]:
+    """Return in words what a diffusion model and its guides must agree on."""
+    low, high = card.spec.value_range
+    return {
+        "schedule": f"{card.schedule.kind} of {card.schedule.T} levels",
+        "channels": ", ".join(card.spec.channels),
+        "size": "{} x {}".format(*card.spec.size),
+        "value range": f"{float(low)} to {float(high)}",
+    }

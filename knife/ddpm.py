@@ -1,7 +1,8 @@
-"""The loss a diffusion model is trained with: mean squared error on the noise, plus the variational term that trains sigma.
+"""The loss of a diffusion model: mean squared error on the noise, plus the variational term that trains sigma.
 
 Hybrid objective of Nichol and Dhariwal (arXiv 2102.09672): the network gives 2C channels, the noise eps and v, and
-log sigma^2 = f log beta + (1 - f) log beta_tilde with f = (v + 1)/2. The variational term trains v alone: eps is detached there.
+log sigma^2 = f log beta + (1 - f) log beta_tilde with f = (v + 1)/2. The variational term trains v alone: there, eps is
+detached.
 """
 
 import math
@@ -38,30 +39,31 @@ def hybrid_loss(net: Network, x0: Tensor, level: Tensor, eps: Tensor, schedule: 
 
 def variational_bound(x0: Tensor, x: Tensor, eps: Tensor, v: Tensor, level: Tensor, schedule: Schedule) -> Tensor:
     """Return one term of the variational bound for each image, [N], in bits per dimension."""
-    ab, ab_prev, beta, log_beta_tilde = (c.to(x0.dtype) for c in posterior(schedule, level, x0))
+    signal, noise_part, weight_x0, weight_x, log_beta, log_beta_tilde = posterior(schedule, level, x0)
     f = (v + 1) / 2
-    log_var = f * beta.log() + (1 - f) * log_beta_tilde
-    predicted_x0 = (x - (1 - ab).sqrt() * eps) / ab.sqrt()
-    weight_x0, weight_x = ab_prev.sqrt() * beta / (1 - ab), (1 - beta).sqrt() * (1 - ab_prev) / (1 - ab)
+    log_var = f * log_beta + (1 - f) * log_beta_tilde
+    predicted_x0 = (x - noise_part * eps) / signal
     true_mean, model_mean = weight_x0 * x0 + weight_x * x, weight_x0 * predicted_x0 + weight_x * x
     kl = normal_kl(true_mean, log_beta_tilde, model_mean, log_var)
     nll = -discretized_log_likelihood(x0, model_mean, 0.5 * log_var)
     return torch.where(level == 1, mean(nll), mean(kl)) / math.log(2)
 
 
-def posterior(schedule: Schedule, level: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return alpha_bar at the level and below it, beta, and log beta_tilde, each [N, 1, 1, 1] float64.
+def posterior(schedule: Schedule, level: Tensor, like: Tensor) -> list[Tensor]:
+    """Return the coefficients of q(x_{k-1} | x_k, x_0) at levels k, each [N, 1, 1, 1] in the dtype of `like`.
 
-    beta_tilde = beta (1 - alpha_bar_prev)/(1 - alpha_bar) is 0 at level 1, where the value of level 2 stands in (beta, if there is no level 2).
+    They are sqrt(ab), sqrt(1 - ab), the weights of x_0 and of x_k in its mean, log beta and log beta_tilde: formed in
+    float64, because 1 - ab loses its digits in float32 at low levels. beta_tilde = beta (1 - ab_prev)/(1 - ab) is 0 at
+    level 1, where the value of level 2 stands in (beta, if there is no level 2).
     """
-    alpha_bar, beta = schedule.alpha_bar.to(like.device), schedule.beta.to(like.device)
-    beta_tilde = beta * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
+    alpha_bar, beta = schedule.alpha_bar, schedule.beta
+    ab, ab_prev = alpha_bar[1:], alpha_bar[:-1]
+    weight_x0, weight_x = ab_prev.sqrt() * beta / (1 - ab), (1 - beta).sqrt() * (1 - ab_prev) / (1 - ab)
+    beta_tilde = beta * (1 - ab_prev) / (1 - ab)
     beta_tilde[0] = beta_tilde[1] if schedule.T > 1 else beta[0]
+    coefficients = ab.sqrt(), (1 - ab).sqrt(), weight_x0, weight_x, beta.log(), beta_tilde.log()
     shape = (-1, *[1] * (like.ndim - 1))
-    at = level - 1
-    columns = alpha_bar[1:][at], alpha_bar[:-1][at], beta[at], beta_tilde.log()[at]
-    ab, ab_prev, b, log_b = (c.view(shape) for c in columns)
-    return ab, ab_prev, b, log_b
+    return [c.to(like.device)[level - 1].view(shape).to(like.dtype) for c in coefficients]
 
 
 def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) 
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Return the log-probability, in nats, of 8-bit values x in [-1, 1] under a normal distribution cut into 256 bins."""
+    """Return the log-probability, in nats, of 8-bit values x in [-1, 1] under a normal distribution in 256 bins."""
 
     def cdf(z: Tensor) -> Tensor:  # the tanh approximation, as the published models were trained
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

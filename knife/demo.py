@@ -1,67 +1,133 @@
-"""The demonstration: one brain slice whose tumour grows, shrinks and vanishes, and one that gets a tumour where a mask says."""
+"""The demonstration: a brain slice whose tumour grows, shrinks and vanishes, and one that gets a tumour by a mask."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from knife import panel
-from knife.image import write_safely
-from knife.phantom import phantom, write_nifti
-from knife.translate import Translation, translate
+from knife.errors import InputError, SettingsError
+from knife.image import Image, write_safely
+from knife.phantom import CHANNELS, phantom, write_nifti
+from knife.translate import DEFAULTS, Settings, Translation, translate
 
 SEED = 20_220_402  # no training data were made from this seed
 DISEASED, HEALTHY = 3, 4  # phantoms of that seed
+SHOWN = ("flair", "t1ce")
+TITLE = "knife: one diffusion model, three tasks"
 
 
-def run_demo(folder: Path, device: str, progress: Callable[[int], None]) -> tuple[list[dict[str, Any]], Path]:
+class Edit(NamedTuple):
+    """One translation of the demonstration."""
+
+    word: str  # what happens to the tumour
+    image: str
+    task: str
+    target: str
+
+
+EDITS = (
+    Edit("grown", "slice.nii", "regress", "0.3"),
+    Edit("shrunk", "slice.nii", "regress", "0.02"),
+    Edit("removed", "slice.nii", "classify", "healthy"),
+    Edit("inserted", "healthy.nii", "segment", "mask.nii"),
+)
+
+
+def run_demo(
+    folder: Path,
+    device: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    settings: Settings = DEFAULTS,
+) -> tuple[list[dict[str, Any]], Path]:
     """Write slice.nii, healthy.nii and mask.nii, translate them with the shipped models into demo/, draw demo/demo.png.
+
+    Args:
+        folder: where all that goes.
+        device: auto, cpu, cuda or cuda:N.
+        progress: called with (steps done, steps in all).
+        settings: how to walk.
 
     Returns:
         A row for each translation, and the path of the picture.
+
+    Raises:
+        InputError: if one of the three files is there already and is not the demonstration's.
+        KnifeError: if a translation is refused.
     """
-    diseased, healthy = phantom(DISEASED, seed=SEED, relative_size=0.1), phantom(HEALTHY, seed=SEED, relative_size=0.0)
-    wanted = phantom(HEALTHY, seed=SEED, relative_size=0.1).mask
-    files = {"slice.nii": diseased.pixels, "healthy.nii": healthy.pixels, "mask.nii": wanted}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, pixels in files.items():
-        write_nifti(folder / name, pixels)
-    jobs = [
-        ("grown", "slice.nii", "regress", "0.3"),
-        ("shrunk", "slice.nii", "regress", "0.02"),
-        ("removed", "slice.nii", "classify", "healthy"),
-        ("inserted", "healthy.nii", "segment", str(folder / "mask.nii")),
-    ]
-    done = []
-    for number, (_, name, task, target) in enumerate(jobs, 1):
-        done += translate(folder / name, task, target, out=folder / "demo", models=None, device=device)
-        progress(number)
+    mask = write_inputs(folder)
+    done: list[Translation] = []
+
+    def advance(step: int, steps: int) -> None:
+        progress(len(done) * steps + step, len(EDITS) * steps)
+
+    for edit in EDITS:
+        target = str(folder / edit.target) if edit.task == "segment" else edit.target
+        image, out = folder / edit.image, folder / "demo"
+        done += translate(
+            image, edit.task, target, out=out, models=None, settings=settings, device=device, progress=advance
+        )
     picture = folder / "demo" / "demo.png"
-    write_safely(picture, overview([word for word, *_ in jobs], done, torch.from_numpy(wanted) > 0))
-    return [row(word, translation) for (word, *_), translation in zip(jobs, done, strict=True)], picture
+    write_safely(picture, overview(done, mask))
+    return [row(edit, translation) for edit, translation in zip(EDITS, done, strict=True)], picture
 
 
-def row(word: str, translation: Translation) -> dict[str, Any]:
+def write_inputs(folder: Path) -> Tensor:
+    """Write slice.nii, healthy.nii and mask.nii, unless they are there already; return the mask [H, W]."""
+    diseased, healthy = phantom(DISEASED, seed=SEED, relative_size=0.1), phantom(HEALTHY, seed=SEED, relative_size=0.0)
+    mask = phantom(HEALTHY, seed=SEED, relative_size=0.1).mask
+    files: dict[str, np.ndarray[Any, Any]] = {
+        "slice.nii": diseased.pixels,
+        "healthy.nii": healthy.pixels,
+        "mask.nii": mask,
+    }
+    try:
+        with TemporaryDirectory() as fresh:
+            for name, pixels in files.items():
+                write_nifti(Path(fresh, name), pixels)
+            made = {folder / name: Path(fresh, name).read_bytes() for name in files}
+        for path, data in made.items():
+            if path.exists() and path.read_bytes() != data:
+                raise InputError(f"{path}: is there already, and not the demonstration's; give another --folder.")
+        for path, data in made.items():
+            write_safely(path, data)
+    except OSError as error:
+        raise SettingsError(
+            f"--folder {folder}: {error.strerror or error}; give one that can be written to."
+        ) from error
+    return torch.from_numpy(mask) > 0
+
+
+def row(edit: Edit, translation: Translation) -> dict[str, Any]:
     """Return what the table says of a translation: what the guide saw before and after."""
     record = translation.record
-    numbers = [name for name in record["after"] if name not in ("level", "area", "p(diseased)")]
-    seen = {when: ", ".join(f"{name} {record[when][name]:.3f}" for name in numbers) for when in ("before", "after")}
-    asked = f"{record['task']} {Path(record['target']).name}"
-    return {"tumour": word, "asked": asked, **seen, "seconds": f"{record['seconds']:.1f}", "file": str(translation.files[0])}
+    told = {"classify": "p(healthy)", "regress": "value", "segment": "dice"}[edit.task]
+    seen = {when: f"{told} {record[when][told]:.3f}" for when in ("before", "after")}
+    file = translation.files.image if translation.files else ""
+    return {"tumour": edit.word, "asked": f"{edit.task} {edit.target}", **seen, "s": record["seconds"], "file": file}
 
 
-def overview(words: Sequence[str], done: Sequence[Translation], mask: Tensor) -> bytes:
-    """Draw FLAIR and contrast-enhanced T1 of every input and output side by side, and the change, as PNG."""
-    columns = [("slice", done[0].source, None), *[(w, t.result, None) for w, t in zip(words[:3], done, strict=False)]]
-    columns += [("healthy, mask", done[3].source, mask), (words[3], done[3].result, None)]
-    tiles = [
-        [panel.outlined(panel.grey(image.pixels[channel], 0, 1), outline) for _, image, outline in columns] for channel in (3, 1)
+def overview(done: list[Translation], mask: Tensor) -> bytes:
+    """Draw the inputs and outputs side by side, and what has changed, as PNG."""
+    *edited, inserted = done
+    columns: list[tuple[str, Image, Tensor | None]] = [("slice", edited[0].source, None)]
+    columns += [(edit.word, translation.result, None) for edit, translation in zip(EDITS, edited, strict=False)]
+    columns += [("healthy, mask", inserted.source, mask), (EDITS[-1].word, inserted.result, None)]
+    rows = [
+        [panel.outlined(panel.grey(image.pixels[CHANNELS.index(name)], 0, 1), outline) for _, image, outline in columns]
+        for name in SHOWN
     ]
-    changes = [None, *[t.change.abs().sum(0) for t in done[:3]], None, done[3].change.abs().sum(0)]
-    blank = torch.zeros_like(done[0].source.pixels[0])
-    tiles.append([panel.heat(blank if change is None else change, 2.0) for change in changes])
-    sheet = panel.arrange(tiles, zoom=3)
-    names = [name for name, *_ in columns]
-    return panel.png(panel.captioned(sheet, tiles[0][0].shape, names, ("FLAIR", "T1ce", "change"), 3, "knife: one diffusion model, three tasks"))
+    still = torch.zeros_like(mask, dtype=torch.float32)
+    changes = [still, *map(change, edited), still, change(inserted)]
+    rows.append([panel.heat(plane, max(float(plane.max()) for plane in changes)) for plane in changes])
+    names = [name for name, _, _ in columns]
+    return panel.png(panel.captioned(rows, 3, TITLE, ("FLAIR", "T1ce", "change"), names))
+
+
+def change(translation: Translation) -> Tensor:
+    """Return the absolute change summed over channels, [H, W]."""
+    return (translation.result.pixels - translation.source.pixels).abs().sum(0)

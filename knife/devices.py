@@ -1,24 +1,61 @@
-"""Which device to compute on, and why."""
+"""Which device to compute on: chosen once, and said in words; never a silent fall back from what was asked for."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from knife.errors import DeviceError
 
 
-def resolve_device(text: str) -> tuple[str, str]:
-    """Return the device for auto, cpu, cuda or cuda:N, and in words why it was taken.
+def resolve_device(text: str = "auto") -> tuple[str, str]:
+    """Return the device that --device means, and why it was chosen, in words.
+
+    Args:
+        text: auto (a GPU if there is one), cpu, cuda (the first GPU) or cuda:N.
+
+    Returns:
+        What torch calls the device ("cpu", "cuda:0"), and the reason.
 
     Raises:
-        DeviceError: if that device is not here; knife never falls back silently.
+        DeviceError: if the device is unknown or not there.
     """
     if text == "cpu":
-        return "cpu", "as --device says"
+        return "cpu", "as asked for"
+    if not re.fullmatch(r"auto|cuda(:[0-9]{1,3})?", text):
+        raise DeviceError(f"--device {text}: unknown; give auto, cpu, cuda or cuda:N.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text == "auto":
-        return ("cuda:0", torch.cuda.get_device_name(0)) if count else ("cpu", "no CUDA device here")
-    name, _, index = text.partition(":")
-    if name != "cuda" or (index and not index.isdigit()):
-        raise DeviceError(f"--device {text}: give auto, cpu, cuda or cuda:N.")
-    if int(index or 0) >= count:
-        raise DeviceError(f"--device {text}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}; give cpu or auto.")
-    return f"cuda:{index or 0}", "as --device says"
+    if text == "auto" and not count:
+        return "cpu", without_gpu()
+    index = int(text.partition(":")[2] or 0)
+    if index >= count:
+        there = f"GPUs here: {count}, counted from cuda:0" if count else without_gpu()
+        raise DeviceError(f"--device {text}: not there ({there}); give another one, or --device auto.")
+    name = torch.cuda.get_device_name(index)
+    return f"cuda:{index}", f"{name}, {'as asked for' if text != 'auto' else 'found by itself'}"
+
+
+def without_gpu() -> str:
+    """Say why there is no GPU."""
+    return "torch finds no GPU" if torch.version.cuda else "this torch is built without CUDA"
+
+
+@contextmanager
+def enough_memory(device: str, what: str, remedy: str) -> Iterator[None]:
+    """Turn running out of memory into a refusal that says how to need less.
+
+    Raises:
+        DeviceError: naming the device, what did not fit and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise DeviceError(f"{device}: {what} not fit into memory; {remedy}.") from error
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error means that memory ran out; torch's CPU allocator has no class of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -625,7 +625,9 @@ def _decode_picture(file: BinaryIO, path: Path) -> Image:
     with _quiet():
         opened = _opened_picture(file, path)
         synthetic = _says_synthetic(opened)
-    opened.load()
+        if opened.format == "TIFF":
+            opened.load()  # reads metadata too, and warns about it
+    opened.load()  # the work, outside the lock
     with _quiet():
         picture, info = PIL.ImageOps.exif_transpose(opened), opened.info
         mode = _plain_mode(picture, path)

@@ -211,6 +211,8 @@ def _decide(device: str) -> Status:
     if choice == "torch":
         return Status(device, "torch", "plain torch, because KNIFE_OPS=torch")
     try:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise OpsError("torch sees no CUDA device")
         installed = _installed_library(device)
         library, origin = (installed, "built at installation") if installed else _cached_library(device)
         _load(device, library)
@@ -227,10 +229,10 @@ def self_test(device: str = "cpu") -> float:
     Raises:
         OpsError: if the op fails, or differs by more than rounding.
     """
-    images = torch.randn(3, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
-    numbers = torch.tensor([[0.5], [0.6], [2.0]], dtype=torch.float64, device=device)
-    arguments = (*images, *numbers, -1.0, 1.0)
+    images = torch.randn(3, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    numbers = torch.tensor([[0.5], [0.6], [2.0]], dtype=torch.float64)
     try:
+        arguments = (*images.to(device), *numbers.to(device), -1.0, 1.0)
         difference = (torch.ops.knife.ddim_step(*arguments) - reference(*arguments)).abs().max().item()
     except RuntimeError as problem:
         raise OpsError(f"the kernel for {device} fails its self-test: {problem}") from problem
@@ -261,7 +263,7 @@ _COMMON_FLAGS = ("-std=c++20", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a0
 _FLAGS = {
     "cpu": ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     "cuda": (
-        *("-Xcompiler", "-fPIC,-fvisibility=hidden", "--fmad=false", "-DUSE_CUDA"),
+        *("-Xcompiler", "-fPIC,-fvisibility=hidden", "--fmad=false", "-DUSE_CUDA", "--threads=0"),
         *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"),
         "-gencode=arch=compute_75,code=compute_75",  # PTX for every other GPU since Turing
     ),
@@ -284,8 +286,9 @@ def source_folder() -> Path:
 def source_digest() -> str:
     """Return a fingerprint of the kernels' sources and flags: a library that was built from others is not used."""
     digest = hashlib.sha256(repr((_COMMON_FLAGS, _FLAGS)).encode())
-    for path in sorted(source_folder().glob("*.*")):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(source_folder().iterdir()):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,8 +1,8 @@
 """Finds task plugins, and lets the rest of knife see one plugin as a `Task`.
 
-Plugins are entry points of the group `knife`; an entry point's name is the word after --task. Each is imported on its own,
-so that a broken one becomes a row of `knife plugins list` and never a crash; a task that is asked for by name imports its
-own plugin alone, so that no other can slow it down or spoil it.
+Plugins are entry points of the group `knife`; an entry point's name is the word after --task. Each is imported on its
+own, so that a broken one becomes a row of `knife plugins list` and never a crash. A task that is asked for by name
+imports its own plugin alone, so that no other can slow it down or spoil it.
 """
 
 import json
@@ -133,7 +133,7 @@ def task(name: str) -> "Task":
 
 @dataclass(frozen=True)
 class Task:
-    """One plugin seen through its hooks; what a hook returns is checked here, so that the caller can rely on its form."""
+    """One plugin seen through its hooks; what they return is checked here, so that callers can rely on its form."""
 
     name: str
     manager: pluggy.PluginManager
@@ -219,8 +219,8 @@ class Task:
             raise self.violation("evaluate", numbers, "a dict from names to tensors")
         for name, values in numbers.items():
             if getattr(values, "shape", None) != x.shape[:1] or not bool(values.isfinite().all()):
-                wanted = f"a finite number for each image, as a tensor of shape [{len(x)}]"
-                raise self.violation("evaluate", values, f"{wanted}, for {name!r} as for every name")
+                wanted = f"for {name!r} a tensor of shape [{len(x)}], one finite number for each image"
+                raise self.violation("evaluate", values, wanted)
         return numbers
 
 
@@ -234,8 +234,10 @@ def survives_json(value: object) -> bool:
 
 def describe(value: object) -> str:
     """Describe what a hook returned, for a message."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        flaw = "" if bool((value == value).all()) else " with NaN in it"
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        flaw = "" if bool(value.isfinite().all()) else ", not all finite"
         return f"a tensor of shape {list(value.shape)} and type {str(value.dtype).removeprefix('torch.')}{flaw}"
     text = repr(value)
     return "nothing" if value is None else f"a {type(value).__name__}" + f" ({text})" * (len(text) <= 80)

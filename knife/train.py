@@ -1,37 +1,61 @@
 """The one training loop; a diffusion model and a task network differ in their loss alone.
 
-Every random draw is a function of (seed, step, purpose), so that a resumed run walks the same way as one that was never interrupted.
+    prepare     read the data, let the task look at its labels     -> Job, which stays the same
+    start       a fresh network, or where an earlier run stopped   -> State, which every step changes
+    train_step  noise a batch, descend, follow with the average
+    keep        write the model, the state to resume from, the log, and a sheet that shows how good it is
+
+Every random draw is a function of (seed, step, purpose), so that a resumed run walks the same way as one that was never
+interrupted.
 """
 
+import copy
 import json
+import math
+import os
 import platform
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from knife import __version__, data
-from knife.checkpoint import Card, read_about, read_tensors, save, write_safely
+from knife.checkpoint import Card, read_about, read_tensors, ready, save, write_safely
 from knife.ddim import decode, gradient
 from knife.ddpm import hybrid_loss
-from knife.errors import InputError, SettingsError
+from knife.devices import enough_memory
+from knife.errors import InputError, ModelError, SettingsError, TaskError
 from knife.panel import curve, grid
 from knife.schedule import Schedule, noise, path, timestep
 from knife.spec import preset
 from knife.tasks import Task, task
 
+T = TypeVar("T")
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]  # (net, x0, label, level, eps) -> scalar
-FREE = ("steps", "every", "device", "accumulate")  # settings that may differ when a run is resumed
+Example = tuple[Tensor, Tensor]  # image [C, H, W] and its label
+FREE = ("steps", "every", "device", "accumulate", "command", "tensorboard")  # may differ when a run is resumed
+PATIENCE = 10  # steps in a row whose loss or gradient is not finite, before a run gives up
+LOG_EVERY = 20  # steps a line of the log
+VALIDATED_ON = 64  # images at most
+NOISE, EPOCH, SHEET, CURVE, STEEPNESS, CHOICE, NETWORK = range(7)  # what random numbers are drawn for
+BYTES_A_PARAMETER = 36  # the model 4, the state 16, and a new state beside the old one until it takes its place
 
 
 @dataclass(frozen=True)
 class Run:
-    """What to train, on what, and how."""
+    """What to train, on what, and how.
+
+    Raises SettingsError if a value is impossible.
+    """
 
     kind: str  # diffusion, or the name of a task
     data: Path
@@ -48,11 +72,33 @@ class Run:
     device: str = "cpu"
     accumulate: int = 1  # split each batch into so many parts
     every: int = 1000  # steps between checkpoints and sheets
+    command: str = ""  # the command line, for the record
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.dataset or Path(self.dataset).name != self.dataset or self.dataset.startswith("."):
+            raise SettingsError(f"--dataset {self.dataset!r}: not the name of a folder; give a plain word.")
+        if not (0 < self.lr < math.inf and 0 <= self.ema < 1):
+            raise SettingsError(
+                f"--lr {self.lr:g} --ema {self.ema:g}: give a rate above 0, and a decay of 0 to below 1."
+            )
+        for option, value in {"steps": self.steps, "batch-size": self.batch, "every": self.every}.items():
+            if value < 1:
+                raise SettingsError(f"--{option} {value}: give 1 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise SettingsError(f"--seed {self.seed}: give 0 to {2**32 - 1}.")
+        if not 1 <= self.accumulate <= self.batch:
+            raise SettingsError(f"--accumulate {self.accumulate}: give 1 to {self.batch}, the images of a batch.")
 
     @property
     def path(self) -> Path:
         """Return where the trained model goes."""
         return self.models / self.dataset / f"{self.kind}.safetensors"
+
+    @property
+    def at_once(self) -> int:
+        """Return how many images the device holds at once."""
+        return -(-self.batch // self.accumulate)
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must agree on."""
@@ -61,20 +107,26 @@ class Run:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run is about to spend; said before the first step."""
+    """What a run is about to spend, and on what; said before the first step."""
 
     images: int
-    skipped: Mapping[str, str]
+    skipped: Mapping[str, str]  # name -> why
     layout: str
     parameters: int
     done: int
     steps: int
     seconds_a_step: float
     device: str
+    why: str  # one clause: what the layout was recognised by
+    validation: str  # one clause: what the sheets show
+    config: Mapping[str, Any]  # what a task made of the labels: which one it chose, its classes or range
 
 
 class Watch(Protocol):
     """What a caller may want to see of a run."""
+
+    def loading(self, done: int, total: int) -> None:
+        """Hear some two hundred times how many images have been read."""
 
     def budget(self, budget: Budget) -> None:
         """Hear once, before the first step, what the run will take."""
@@ -86,6 +138,27 @@ class Watch(Protocol):
         """Hear of every file that was written."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a run works on: all that stays the same from its first step to its last."""
+
+    run: Run
+    card: Card
+    task: Task | None  # None: a diffusion model
+    examples: Sequence[Example]
+    validation: Sequence[Example]
+    validated_on: str
+    folder: data.Folder
+    skipped: Mapping[str, str]
+    fingerprint: str
+    inventory: Mapping[str, str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what a resumed run must agree on, its data included."""
+        return {**self.run.settings(), "data": self.fingerprint}
+
+
 @dataclass
 class State:
     """All that a training is, between two steps."""
@@ -94,53 +167,115 @@ class State:
     ema: AveragedModel
     optimizer: torch.optim.Optimizer
     step: int = 0
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    in_a_row: int = 0  # how many of the last steps were such
+    seconds: float = 0.0  # spent in steps, by earlier runs too
 
 
 def train(run: Run, watch: Watch, stop: Callable[[], bool] = lambda: False) -> int:
     """Train one network, resuming where an earlier run of the same settings stopped; return the step it reached.
 
     Raises:
-        SettingsError: if an earlier run used other settings or data; the message lists the differences.
+        SettingsError: if an earlier run used other settings or data (the message lists the differences), or the loss
+            is not finite again and again.
         InputError: if the data cannot be used.
+        ModelError: if the state to resume from is damaged, or the models folder cannot be written to.
+        DeviceError: if a batch does not fit into memory.
+        TaskError: if the task is unknown, or its plugin broken.
     """
-    plan = preset(run.preset)
-    folder = data.open_folder(run.data)
-    entries = folder.split("train")
-    channels = data.channels_of(entries)
-    card = Card(run.kind, run.dataset, plan.spec(run.kind, channels), Schedule(run.schedule))
-    loaded, held_out = (
-        data.load(some, card.spec.size, card.spec.value_range, channels) for some in (entries, folder.split("val"))
-    )
-    if len(loaded.cases) < 2:
-        raise InputError(f"--data {run.data}: {len(loaded.cases)} images can be used, too few to train on.")
-    kind = None if run.kind == "diffusion" else task(run.kind)
-    if kind:
-        card = replace(card, config=kind.configure(loaded.cases, run.label))
-    x0, labels = tensors(loaded.cases, kind, card)
-    state = start(run, card, data.fingerprint(entries))
-    loss = loss_of(kind, card.schedule)
-    parameters = sum(p.numel() for p in state.net.parameters())
-    skipped = loaded.skipped | held_out.skipped
-    seconds = time_a_step(state, run, loss, x0, labels, card.schedule)
-    watch.budget(Budget(len(x0), skipped, folder.layout, parameters, state.step, run.steps, seconds, run.device))
-    validation = tensors(held_out.cases, kind, card) if held_out.cases else (x0[: run.batch], labels[: run.batch])
-    log = Log(run.path.with_suffix(".log.jsonl"), run.batch)
-    while state.step < run.steps and not stop():
-        value = train_step(state, run, loss, x0, labels, card.schedule)
-        log.step(state.step, value)
-        watch.step(state.step, value)
-        if state.step % run.every == 0:
-            keep(state, run, card, kind, data.fingerprint(entries), log, validation, watch)
-    keep(state, run, card, kind, data.fingerprint(entries), log, validation, watch)
+    writer = tensorboard() if run.tensorboard else None
+    job = prepare(run, watch)
+    with enough_memory(run.device, f"a batch of {run.batch} in parts of {run.at_once} does", more_memory(run)):
+        state = start(job)
+        watch.budget(budget(state, job))
+        kept = state.step if run.path.exists() else 0
+        with closing(Log(job, state, writer)) as log:
+            while state.step < run.steps and not stop():
+                loss = train_step(state, job)
+                log.step(state, loss)
+                watch.step(state.step, loss)
+                if state.step % run.every == 0:
+                    kept = keep(state, job, log, watch)
+            if state.step != kept:
+                keep(state, job, log, watch)
     return state.step
 
 
-def tensors(cases: list[data.Case], kind: Task | None, card: Card) -> tuple[Tensor, Tensor]:
-    """Return the images [N, C, H, W] and the labels [N, ...] of cases; a diffusion model needs no labels."""
-    x0 = data.stack(cases)
+# -------------------------------------------------------------------------------------------------------------- the job
+
+
+def prepare(run: Run, watch: Watch) -> Job:
+    """Read the data, and let the task look at its labels."""
+    plan, kind = preset(run.preset), None if run.kind == "diffusion" else task(run.kind)
+    folder = data.open_folder(run.data)
+    entries = folder.split("train")
+    others = some(folder.split("val")) if kind else []  # a diffusion model shows samples of its own
+    channels = data.channels_of(entries)
+    card = Card(run.kind, run.dataset, plan.spec(run.kind, channels), Schedule(run.schedule))
+    read = partial(data.load, size=card.spec.size, value_range=card.spec.value_range, channels=channels)
+    first, total = len(entries), len(entries) + len(others)
+    loaded = read(entries, progress=lambda done: watch.loading(done, total))
+    held_out = read(others, progress=lambda done: watch.loading(first + done, total))
+    refuse_too_few(run, loaded)
+    card = replace(card, config=kind.configure(loaded.cases, run.label) if kind else {})
+    examples, validation = (labelled(kind, part, card.config) for part in (loaded, held_out))
+    refuse_too_few(run, loaded)
+    return Job(
+        run=run,
+        card=card,
+        task=kind,
+        examples=examples,
+        validation=validation or some(examples),
+        validated_on=validated_on(kind, len(validation)),
+        folder=folder,
+        skipped={**folder.skipped, **loaded.skipped, **held_out.skipped},
+        fingerprint=data.fingerprint(entries),
+        inventory=data.inventory(entries),
+    )
+
+
+def validated_on(kind: Task | None, set_apart: int) -> str:
+    """Say what the sheets will show."""
     if kind is None:
-        return x0, torch.zeros(len(x0))
-    return x0, torch.stack([kind.label(case, card.config) for case in cases])
+        return "samples from noise"
+    return f"{set_apart} images set apart" if set_apart else "training images, for want of others set apart"
+
+
+def refuse_too_few(run: Run, loaded: data.Loaded) -> None:
+    """Refuse fewer than two images."""
+    if len(loaded.cases) < 2:
+        reason = next(iter(loaded.skipped.values()), "there are no more")
+        raise InputError(f"--data {run.data}: too few images to train on, {len(loaded.cases)} ({reason}); give more.")
+
+
+def labelled(kind: Task | None, loaded: data.Loaded, config: Mapping[str, Any]) -> list[Example]:
+    """Return images with their labels; a case without one is moved to what was skipped, with its reason."""
+    examples, cases = [], list(loaded.cases)
+    loaded.cases.clear()
+    for case in cases:
+        try:
+            examples.append((case.pixels, kind.label(case, config) if kind else torch.zeros(())))
+            loaded.cases.append(case)
+        except InputError as error:
+            loaded.skipped[case.name] = str(error)
+    shapes = {tuple(label.shape) for _, label in examples}
+    if kind and len(shapes) > 1:
+        found = ", ".join(map(str, sorted(shapes)))
+        raise TaskError(
+            f"task {kind.name}: its hook label returned tensors of shapes {found}; it must return one shape."
+        )
+    return examples
+
+
+def some(items: Sequence[T]) -> list[T]:
+    """Return as many items as are validated on, chosen at random, the same every time."""
+    order = torch.randperm(len(items), generator=generator(0, 0, CHOICE)).tolist()
+    return [items[i] for i in order[:VALIDATED_ON]]
+
+
+def stacked(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Return images [N, C, H, W] and labels [N, ...]."""
+    return torch.stack([x for x, _ in examples]), torch.stack([label for _, label in examples])
 
 
 def loss_of(kind: Task | None, schedule: Schedule) -> Loss:
@@ -155,75 +290,147 @@ def loss_of(kind: Task | None, schedule: Schedule) -> Loss:
     return loss
 
 
-def generator(seed: int, step: int, purpose: int = 0) -> torch.Generator:
-    """Return the source of all random draws of one step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 101 + purpose)
+def budget(state: State, job: Job) -> Budget:
+    """Find out what a run will take, and refuse one whose checkpoints would not fit on the disk."""
+    parameters = sum(p.numel() for p in state.net.parameters())
+    refuse_full_disk(job.run.path.parent, parameters * BYTES_A_PARAMETER)
+    return Budget(
+        images=len(job.examples),
+        skipped=job.skipped,
+        layout=job.folder.layout,
+        parameters=parameters,
+        done=state.step,
+        steps=job.run.steps,
+        seconds_a_step=time_a_step(state, job) if state.step < job.run.steps else 0.0,
+        device=job.run.device,
+        why=job.folder.why,
+        validation=job.validated_on,
+        config=job.card.config,
+    )
 
 
-def batch_of(step: int, run: Run, count: int) -> Tensor:
+def refuse_full_disk(folder: Path, need: int) -> None:
+    """Refuse a folder that cannot be written to or has too little room, before hours are spent."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ModelError(f"--models: {there} cannot be written to; allow it, or give another folder.")
+    free = shutil.disk_usage(there).free
+    if free < need:
+        raise ModelError(
+            f"--models: {there} has {free / 2**20:.0f} MiB free, and checkpoints need {need / 2**20:.0f}; make room."
+        )
+
+
+def more_memory(run: Run) -> str:
+    """Say how a run would need less memory."""
+    if run.accumulate == run.batch:
+        return "choose a smaller --preset"
+    return f"split it by --accumulate {min(2 * run.accumulate, run.batch)}, which changes nothing else"
+
+
+# --------------------------------------------------------------------------------------------------------- the one step
+
+
+def seed_of(seed: int, step: int, purpose: int) -> int:
+    """Return the seed of one step's draws for one purpose."""
+    return (seed * 1_000_003 + step) * 101 + purpose
+
+
+def generator(seed: int, step: int, purpose: int) -> torch.Generator:
+    """Return the source of one step's draws for one purpose."""
+    return torch.Generator().manual_seed(seed_of(seed, step, purpose))
+
+
+def batch_of(step: int, run: Run, count: int) -> list[int]:
     """Return which images a step sees: every epoch is a permutation of its own, and runs on into the next."""
-    first = step * run.batch
-    places = range(first, first + run.batch)
-    orders = {epoch: torch.randperm(count, generator=generator(run.seed, epoch, 1)) for epoch in {i // count for i in places}}
-    return torch.stack([orders[i // count][i % count] for i in places])
+    places = range(step * run.batch, (step + 1) * run.batch)
+    epochs = {i // count for i in places}
+    orders = {epoch: torch.randperm(count, generator=generator(run.seed, epoch, EPOCH)).tolist() for epoch in epochs}
+    return [orders[i // count][i % count] for i in places]
 
 
-def draw(run: Run, step: int, chosen: Tensor, T: int) -> tuple[Tensor, Tensor]:
+def draw(run: Run, step: int, x0: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """Draw the noise levels 1..T [N] and the noise [N, C, H, W] of a step."""
-    g = generator(run.seed, step)
-    return torch.randint(1, T + 1, (len(chosen),), generator=g), torch.randn(chosen.shape, generator=g)
+    g = generator(run.seed, step, NOISE)
+    return torch.randint(1, T + 1, (len(x0),), generator=g), torch.randn(x0.shape, generator=g)
 
 
-def backward(state: State, run: Run, loss: Loss, x0: Tensor, labels: Tensor, schedule: Schedule) -> float:
+def backward(net: nn.Module, step: int, job: Job) -> float:
     """Compute the gradients of one batch, in as many parts as `run.accumulate` says; return the loss."""
-    chosen = batch_of(state.step, run, len(x0))
-    level, eps = draw(run, state.step, x0[chosen], schedule.T)
-    parts = torch.arange(len(chosen)).chunk(run.accumulate)
+    run, loss = job.run, loss_of(job.task, job.card.schedule)
+    x0, labels = stacked([job.examples[i] for i in batch_of(step, run, len(job.examples))])
+    level, eps = draw(run, step, x0, job.card.schedule.T)
+    torch.manual_seed(seed_of(run.seed, step, NETWORK))  # for networks that draw on their own, as dropout does
     total = 0.0
-    for part in parts:
-        x, label = x0[chosen[part]].to(run.device), labels[chosen[part]].to(run.device)
+    for part in torch.arange(len(x0)).chunk(run.accumulate):
+        x, label, k, e = (tensor[part].to(run.device) for tensor in (x0, labels, level, eps))
         x = x.to(memory_format=torch.channels_last)
         with torch.autocast(run.device.split(":")[0], torch.bfloat16, enabled=run.device != "cpu"):
-            value = loss(state.net, x, label, level[part].to(run.device), eps[part].to(run.device))
-        (value * len(part) / len(chosen)).backward()
-        total += value.item() * len(part) / len(chosen)
+            value = loss(net, x, label, k, e) * len(part) / len(x0)
+        torch.autograd.backward(value)
+        total += value.item()
     return total
 
 
-def train_step(state: State, run: Run, loss: Loss, x0: Tensor, labels: Tensor, schedule: Schedule) -> float:
-    """Take one step of Adam and follow it with the moving average; return the loss."""
-    value = backward(state, run, loss, x0, labels, schedule)
-    state.optimizer.step()
+def train_step(state: State, job: Job) -> float:
+    """Take one step of Adam and follow it with the moving average; return the loss.
+
+    A loss or gradient that is not finite leaves the weights as they are; after `PATIENCE` of them in a row it raises.
+    """
+    began = time.perf_counter()
+    value = backward(state.net, state.step, job)
+    gradients = [p.grad for p in state.net.parameters() if p.grad is not None]
+    state.in_a_row = 0 if math.isfinite(value) and all_finite(gradients) else state.in_a_row + 1
+    if state.in_a_row:
+        state.skipped += 1
+    else:
+        state.optimizer.step()
+        state.ema.update_parameters(state.net)
     state.optimizer.zero_grad()
-    state.ema.update_parameters(state.net)
     state.step += 1
+    state.seconds += time.perf_counter() - began
+    if state.in_a_row == PATIENCE:
+        raise SettingsError(
+            f"{job.run.kind}: the loss was not finite in {PATIENCE} steps in a row, up to step {state.step}; "
+            f"give an --lr below {job.run.lr:g}, or look for odd values in the data. What was saved before stays."
+        )
     return value
 
 
-def time_a_step(state: State, run: Run, loss: Loss, x0: Tensor, labels: Tensor, schedule: Schedule) -> float:
-    """Return the seconds of a step, by computing gradients twice and throwing them away."""
-    seconds = 0.0
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether no value is NaN or infinite: then and only then is the norm finite."""
+    return bool(torch.nn.utils.get_total_norm(tensors).isfinite())
+
+
+def time_a_step(state: State, job: Job) -> float:
+    """Return the seconds of a step, by computing the gradients of a copy twice."""
+    net, seconds = copy.deepcopy(state.net), 0.0
     for _ in range(2):
         began = time.perf_counter()
-        backward(state, run, loss, x0, labels, schedule)
-        state.optimizer.zero_grad()
+        backward(net, state.step, job)
         seconds = time.perf_counter() - began
     return seconds
 
 
-def start(run: Run, card: Card, fingerprint: str) -> State:
+# ---------------------------------------------------------------------------------------------------- start and resume
+
+
+def start(job: Job) -> State:
     """Return the state of an earlier run of the same settings, or a fresh one."""
+    run = job.run
     torch.manual_seed(run.seed)
-    net = card.build().to(run.device, memory_format=torch.channels_last)
-    state = State(net, AveragedModel(net, multi_avg_fn=averaging(run.ema)), torch.optim.Adam(net.parameters(), lr=run.lr))
+    net = ready(job.card.build(), run.device)
+    state = State(
+        net, AveragedModel(net, multi_avg_fn=averaging(run.ema)), torch.optim.Adam(net.parameters(), lr=run.lr)
+    )
     before = resume_path(run)
     if before.exists():
-        restore(state, before, run, fingerprint)
+        restore(state, before, job)
     return state
 
 
 def averaging(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Return the moving average of the weights, quicker in the first steps so that it never remembers the random start."""
+    """Return the moving average of the weights, quicker in the first steps, so that it forgets the random start."""
 
     @torch.no_grad()
     def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
@@ -237,69 +444,111 @@ def resume_path(run: Run) -> Path:
     return run.path.with_suffix(".resume.safetensors")
 
 
-def restore(state: State, before: Path, run: Run, fingerprint: str) -> None:
+def restore(state: State, before: Path, job: Job) -> None:
     """Read the state of an earlier run, refusing other settings and other data."""
-    about = read_about(before)
-    now, then = {**run.settings(), "data": fingerprint}, about["settings"]
-    differences = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in {**then, **now} if then.get(k) != now.get(k)]
+    about, stored = read_about(before), read_tensors(before)
+    try:
+        differences = compare(about, job)
+        if not differences:
+            fill(state, about, stored)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{before}: does not hold the state of this run ({reason}); move it away to begin anew."
+        ) from error
     if differences:
         raise SettingsError(
             f"{before}: this run was begun with other settings ({'; '.join(differences)}). "
             f"Give the same ones to resume it, or another --dataset name to begin anew."
         )
-    stored = read_tensors(before)
-    state.net.load_state_dict(part(stored, "net."))
-    state.ema.module.load_state_dict(part(stored, "ema."))
-    state.ema.n_averaged.fill_(about["step"])
+
+
+def compare(about: Mapping[str, Any], job: Job) -> list[str]:
+    """Return in words what differs between an earlier run and this one."""
+    then, now = about["settings"], job.settings
+    found = [f"{k}: {v} then, {now.get(k)} now" for k, v in then.items() if k != "data" and v != now.get(k)]
+    files = about.get("files")
+    if files is not None and files != job.inventory:
+        added, removed = job.inventory.keys() - files.keys(), files.keys() - job.inventory.keys()
+        changed = [name for name in job.inventory.keys() & files.keys() if job.inventory[name] != files[name]]
+        found.append(f"data: {len(added)} images added, {len(removed)} removed, {len(changed)} changed since")
+    elif then["data"] != now["data"]:
+        found.append("data: names, values or sizes of the images have changed since")
+    return found
+
+
+def fill(state: State, about: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
+    """Put what was read of an earlier run in the place of a fresh state."""
+    state.net.load_state_dict(below(stored, "net."))
+    state.ema.module.load_state_dict(below(stored, "ema."))
+    parameters = state.optimizer.param_groups[0]["params"]
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in part(stored, "adam.").items():
+    for name, tensor in below(stored, "adam.").items():
         index, key = name.split(".")
-        moments.setdefault(int(index), {})[key] = tensor
+        like = parameters[int(index)]  # keeps its layout in memory
+        moments.setdefault(int(index), {})[key] = tensor if key == "step" else torch.empty_like(like).copy_(tensor)
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
-    state.step = about["step"]
+    state.step, state.skipped = int(about["step"]), int(about.get("skipped", 0))
+    state.seconds = float(about.get("seconds", 0.0))
+    state.ema.n_averaged.fill_(state.step - state.skipped)
 
 
-def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors below a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def keep(
-    state: State,
-    run: Run,
-    card: Card,
-    kind: Task | None,
-    fingerprint: str,
-    log: "Log",
-    validation: tuple[Tensor, Tensor],
-    watch: Watch,
-) -> None:
-    """Write the model (its moving average), the state to resume from, the log, and a sheet that shows how good it is."""
-    ema = state.ema.module
-    ema.eval().requires_grad_(False)
-    guidance = {} if kind is None else {"gradient": steepness(kind, ema, *validation, card.schedule)}
-    about = {"settings": {**run.settings(), "data": fingerprint}, "step": state.step}
-    training = {
-        **about,
-        "loss": log.recent(),
+# ------------------------------------------------------------------------------------------------------------- keeping
+
+
+def keep(state: State, job: Job, log: "Log", watch: Watch) -> int:
+    """Write the log, the model (its moving average), the state to resume from, and a sheet; return the step.
+
+    The state comes after log and model: killed in between, a run resumes from an older state and writes both anew.
+    """
+    run, ema = job.run, state.ema.module.eval().requires_grad_(False)
+    tensors = tensors_of(state)
+    if not all_finite([tensor for tensor in tensors.values() if tensor.is_floating_point()]):
+        raise SettingsError(
+            f"{run.kind}: weights are not finite after step {state.step}, not saved; give a lower --lr."
+        )
+    log.write()
+    guidance = {"gradient": steepness(job, job.task, ema)} if job.task else {}
+    training = {**record(state, job), **origin(job), "loss": mean(log.losses)}
+    save(run.path, ema.state_dict(), replace(job.card, guidance=guidance, training=training).to_json())
+    save(resume_path(run), tensors, {**record(state, job), "files": dict(job.inventory)})
+    sheet = run.path.with_suffix(".png")
+    write_safely(sheet, error_curve(job, job.task, ema) if job.task else samples(ema, job.card))
+    watch.saved(run.path)
+    watch.saved(sheet)
+    return state.step
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """Return all that a run resumes from, but for its counts."""
+    nets = {"net": state.net, "ema": state.ema.module}
+    weights = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
+    moments = state.optimizer.state_dict()["state"]
+    return weights | {f"adam.{i}.{key}": value for i, values in moments.items() for key, value in values.items()}
+
+
+def record(state: State, job: Job) -> dict[str, Any]:
+    """Return how far a run is, and with which settings."""
+    counts = {"step": state.step, "skipped": state.skipped, "seconds": round(state.seconds, 3)}
+    return {"settings": job.settings, **counts}
+
+
+def origin(job: Job) -> dict[str, Any]:
+    """Return where a model comes from: command, data, versions."""
+    return {
+        "command": job.run.command,
+        "images": len(job.examples),
+        "layout": job.folder.layout,
         "knife": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": run.device,
+        "device": job.run.device,
     }
-    save(run.path, ema.state_dict(), replace(card, guidance=guidance, training=training).to_json())
-    moments = {
-        f"adam.{index}.{key}": value
-        for index, values in state.optimizer.state_dict()["state"].items()
-        for key, value in values.items()
-    }
-    nets = {f"{name}.{k}": v for name, net in (("net", state.net), ("ema", ema)) for k, v in net.state_dict().items()}
-    save(resume_path(run), nets | moments, about)
-    log.write()
-    sheet = run.path.with_suffix(".png")
-    write_safely(sheet, samples(ema, card) if kind is None else errors(kind, ema, *validation, card.schedule))
-    watch.saved(run.path)
-    watch.saved(sheet)
 
 
 @torch.no_grad()
@@ -307,70 +556,123 @@ def samples(net: nn.Module, card: Card, count: int = 8, steps: int = 50) -> byte
     """Draw a sheet of images made from nothing but noise, the same noise every time."""
     device = next(net.parameters()).device
     shape = (count, len(card.spec.channels), *card.spec.size)
-    x = torch.randn(shape, generator=generator(0, 0, 2)).to(device)
+    x = torch.randn(shape, generator=generator(0, 0, SHEET)).to(device)
     x = decode(net, x, card.schedule, path(card.schedule.T, steps), clamp=card.spec.value_range)
     return grid(x.cpu(), card.spec.value_range)
 
 
 @torch.no_grad()
-def errors(kind: Task, net: nn.Module, x0: Tensor, labels: Tensor, schedule: Schedule) -> bytes:
+def error_curve(job: Job, kind: Task, net: nn.Module) -> bytes:
     """Draw the validation loss of a task against the noise level."""
-    device = next(net.parameters()).device
-    x0, labels = x0[:64].to(device), labels[:64].to(device)
-    eps = torch.randn(x0.shape, generator=generator(0, 0, 3)).to(device)
-    levels = path(schedule.T, min(10, schedule.T))[1:]
+    loss = loss_of(kind, job.card.schedule)
+    levels = path(job.card.schedule.T, 10)[1:]
     losses = []
     for level in levels:
-        x = noise(x0, eps, schedule.alpha_bar.to(device)[[level] * len(x0)])
-        losses.append(float(kind.train(net, x, timestep(torch.full((len(x0),), level, device=device)), labels)))
+        parts = [(loss(net, x0, y, at_level(level, x0), eps), len(x0)) for x0, y, eps in validation(job, CURVE)]
+        losses.append(sum(float(value) * count for value, count in parts) / len(job.validation))
     return curve(levels, losses, "noise level", f"{kind.name}: validation loss")
 
 
-def steepness(kind: Task, net: nn.Module, x0: Tensor, labels: Tensor, schedule: Schedule) -> float:
+def steepness(job: Job, kind: Task, net: nn.Module) -> float:
     """Measure how steep a task's score is: the median size of sqrt(1 - ab) g against eps, whose size is 1 a pixel.
 
-    Every image is pulled towards the label of another. The inverse of this number is the scale at which guidance is as large as
-    the noise prediction, which is what makes a scale portable between data sets and tasks.
+    Every image is pulled towards the label of another. The inverse of this number is the scale at which guidance is as
+    large as the noise prediction, which is what makes a scale portable between data sets and tasks.
     """
-    device = next(net.parameters()).device
-    x0, wanted = x0[:64].to(device), labels[:64].roll(1, 0).to(device)
-    eps = torch.randn(x0.shape, generator=generator(0, 0, 4)).to(device)
     sizes = []
-    for level in path(max(schedule.T // 2, 1), min(5, max(schedule.T // 2, 1)))[1:]:
-        ab = schedule.alpha_bar.to(device)[[level] * len(x0)]
-        t = timestep(torch.full((len(x0),), level, device=device))
-        g = gradient(kind.score(net, wanted), noise(x0, eps, ab), t)
-        sizes.append((1 - ab[0]).sqrt() * g.flatten(1).square().mean(1).sqrt())
+    for level in path(job.card.schedule.T // 2, 5)[1:]:
+        for x0, wanted, eps in validation(job, STEEPNESS, roll=1):
+            k = at_level(level, x0)
+            ab = job.card.schedule.alpha_bar.to(x0.device)[k]
+            g = gradient(kind.score(net, wanted), noise(x0, eps, ab), timestep(k))
+            sizes.append((1 - ab).sqrt() * g.flatten(1).square().mean(1).sqrt())
     return float(torch.cat(sizes).median())
 
 
+def validation(job: Job, purpose: int, roll: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield images, labels (of another image, if rolled) and noise, always the same, as many at once as in a step."""
+    x0, labels = stacked(job.validation)
+    eps = torch.randn(x0.shape, generator=generator(0, 0, purpose))
+    for part in torch.split(torch.arange(len(x0)), job.run.at_once):
+        x, y, e = (tensor[part].to(job.run.device) for tensor in (x0, labels.roll(roll, 0), eps))
+        yield x, y, e
+
+
+def at_level(level: int, x0: Tensor) -> Tensor:
+    """Return one noise level for each image, [N]."""
+    return torch.full((len(x0),), level, device=x0.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------- log
+
+
 class Log:
-    """Loss and speed as JSON lines, a line for every twenty steps."""
+    """Loss and speed as JSON lines, one for every twenty steps, and for TensorBoard if its writer is given."""
 
-    def __init__(self, path: Path, batch: int) -> None:
-        self.path, self.batch = path, batch
-        self.losses: list[float] = []
-        self.lines: list[str] = []
-        self.since = time.perf_counter()
+    def __init__(self, job: Job, state: State, writer: Any = None) -> None:
+        folder, self.batch = job.run.path.parent, job.run.batch
+        self.path = job.run.path.with_suffix(".log.jsonl")
+        self.lines = earlier_lines(self.path, state.step)
+        self.losses: deque[float] = deque(maxlen=200)  # finite ones
+        self.since = (state.step, state.skipped, state.seconds)  # at the last line
+        self.board = writer(str(folder / "tensorboard" / job.run.kind), purge_step=state.step + 1) if writer else None
 
-    def step(self, step: int, loss: float) -> None:
+    def step(self, state: State, loss: float) -> None:
         """Take note of a step."""
-        self.losses.append(loss)
-        if step % 20 == 0:
-            now = time.perf_counter()
-            speed = 20 * self.batch / (now - self.since)
-            self.since = now
-            line = {"step": step, "loss": round(sum(self.losses[-20:]) / 20, 6), "images_per_second": round(speed, 2)}
-            self.lines.append(json.dumps(line))
+        if not state.in_a_row:
+            self.losses.append(loss)
+        if state.step % LOG_EVERY == 0:
+            values = self.values(state)
+            self.lines.append(json.dumps({"step": state.step, **values}))
+            if self.board:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, state.step)
+            self.since = (state.step, state.skipped, state.seconds)
 
-    def recent(self) -> float:
-        """Return the mean loss of the last two hundred steps."""
-        last = self.losses[-200:]
-        return sum(last) / max(len(last), 1)
+    def values(self, state: State) -> dict[str, float]:
+        """Return what has happened since the last line; without a finite loss there is none to tell."""
+        step, skipped, seconds = self.since
+        values: dict[str, float] = {}
+        steps, bad = state.step - step, state.skipped - skipped
+        if steps > bad:
+            values["loss"] = mean(list(self.losses)[bad - steps :])
+        values["images_per_second"] = round(steps * self.batch / max(state.seconds - seconds, 1e-9), 2)
+        return values | ({"skipped": bad} if bad else {})
 
     def write(self) -> None:
-        """Append what is new to the log file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in self.lines)
-        self.lines.clear()
+        """Write the log, whole."""
+        write_safely(self.path, "".join(f"{line}\n" for line in self.lines).encode())
+
+    def close(self) -> None:
+        """Let TensorBoard write what it still holds."""
+        if self.board:
+            self.board.close()
+
+
+def earlier_lines(path: Path, step: int) -> list[str]:
+    """Return the lines of a log up to a step: what an interrupted run wrote beyond it will be walked again."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if json.loads(line)["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def mean(values: Collection[float]) -> float:
+    """Return the mean to six places, 0 of nothing."""
+    return round(sum(values) / max(len(values), 1), 6)
+
+
+def tensorboard() -> Any:
+    """Return the class that writes TensorBoard's files.
+
+    Raises:
+        SettingsError: if TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SettingsError(
+            "--tensorboard: not installed; pip install 'knife-diffusion[tensorboard]', or leave the option out."
+        ) from error
+    return SummaryWriter

@@ -1,20 +1,30 @@
 """Classification: healthy or diseased, or any other classes (the task of Wolleb et al., arXiv 2203.04306)."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from knife.errors import InputError, TargetError
 from knife.hookspecs import hookimpl
 
+if TYPE_CHECKING:
+    from knife.data import Case
+    from knife.spec import ImageSpec
+
 DISEASE = "mask"
 
 
 @hookimpl
-def configure(cases, label):
+def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
     """Choose the label (a column of few words, else whether the mask is empty), and remember the class names."""
     name = label or next(iter(word_columns(cases)), DISEASE if cases[0].mask is not None else None)
     if name is None:
-        raise InputError("classify: the data hold neither classes nor masks to learn from; put each class into a folder of its own.")
+        raise InputError(
+            "classify: the data hold neither classes nor masks to learn from; put each class into a folder of its own."
+        )
     classes = sorted({word(case, name) for case in cases})
     if len(classes) < 2:
         raise InputError(f"classify: every image has {name} = {classes[0]}; two classes are the least.")
@@ -22,7 +32,7 @@ def configure(cases, label):
 
 
 @hookimpl
-def label(case, config):
+def label(case: "Case", config: Mapping[str, Any]) -> Tensor:
     """Return the index of the case's class."""
     found = word(case, config["label"])
     if found not in config["classes"]:
@@ -31,19 +41,19 @@ def label(case, config):
 
 
 @hookimpl
-def build(image_spec, config):
+def build(image_spec: "ImageSpec", config: Mapping[str, Any]) -> nn.Module:
     """Build the encoder half of the U-Net with one output a class."""
     return image_spec.build_encoder(len(config["classes"]))
 
 
 @hookimpl
-def train(net, x, t, label):
+def train(net: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
     """Return the cross-entropy."""
     return F.cross_entropy(net(x, t), label)
 
 
 @hookimpl
-def target(text, config):
+def target(text: str, config: Mapping[str, Any]) -> Tensor:
     """Read the name of a class."""
     if text not in config["classes"]:
         raise TargetError(f"--target {text}: no such class; give one of {', '.join(config['classes'])}.")
@@ -51,26 +61,27 @@ def target(text, config):
 
 
 @hookimpl
-def guide(net, x, t, target):
+def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
     """Return log p(y)."""
-    return net(x, t).log_softmax(1).gather(1, target[:, None])[:, 0]
+    logits: Tensor = net(x, t)
+    return logits.log_softmax(1).gather(1, target[:, None])[:, 0]
 
 
 @hookimpl
-def evaluate(net, x, t, config):
+def evaluate(net: nn.Module, x: Tensor, t: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the probability of each class."""
     return {f"p({name})": p for name, p in zip(config["classes"], net(x, t).softmax(1).unbind(1), strict=False)}
 
 
-def word_columns(cases):
+def word_columns(cases: "Sequence[Case]") -> Iterator[str]:
     """Yield the columns of at most a hundred different words, none of which is a fraction."""
     for name in cases[0].values:
         words = {case.values.get(name) for case in cases}
-        if None not in words and len(words) <= 100 and not any("." in w for w in words):
+        if len(words) <= 100 and all(w is not None and "." not in w for w in words):
             yield name
 
 
-def word(case, name):
+def word(case: "Case", name: str) -> str:
     """Return a case's class: of a column, or whether its mask is empty."""
     if name != DISEASE:
         if name not in case.values:

@@ -1,27 +1,37 @@
 """Regression: an age, a relative tumour size, any number (Algorithm 1).
 
-The network predicts the label in standard units, (value - mean)/std, so that one guidance scale means the same for years and for
-fractions. A target of + or - asks for more or less without end (section 4.1 of the paper) and stands as an infinite value.
+The network predicts the label in standard units, (value - mean)/std, so that one guidance scale means the same for
+years and for fractions. A target of + or - asks for more or less without end (section 4.1 of the paper) and stands as
+an infinite value.
 """
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from knife.errors import InputError, TargetError
 from knife.hookspecs import hookimpl
 
+if TYPE_CHECKING:
+    from knife.data import Case
+    from knife.spec import ImageSpec
+
 TUMOUR = "relative size of the mask"
 
 
 @hookimpl
-def configure(cases, label):
+def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
     """Choose the label (a column of numbers, else the mask's share of the brain), and remember its range."""
     name = label or next(iter(numeric_columns(cases)), TUMOUR if cases[0].mask is not None else None)
     if name is None:
-        raise InputError("regress: the data hold neither numbers nor masks to learn from; give a manifest with a column of numbers.")
+        raise InputError(
+            "regress: the data hold neither numbers nor masks to learn from; give a manifest with a column of numbers."
+        )
     values = [value(case, name) for case in cases]
     return {
         "label": name,
@@ -33,25 +43,25 @@ def configure(cases, label):
 
 
 @hookimpl
-def label(case, config):
+def label(case: "Case", config: Mapping[str, Any]) -> Tensor:
     """Return the case's value in standard units."""
     return torch.tensor((value(case, config["label"]) - config["mean"]) / config["std"])
 
 
 @hookimpl
-def build(image_spec):
+def build(image_spec: "ImageSpec") -> nn.Module:
     """Build the encoder half of the U-Net with one output."""
     return image_spec.build_encoder(1)
 
 
 @hookimpl
-def train(net, x, t, label):
+def train(net: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
     """Return the mean squared error."""
     return F.mse_loss(net(x, t)[:, 0], label)
 
 
 @hookimpl
-def target(text, config):
+def target(text: str, config: Mapping[str, Any]) -> Tensor:
     """Read a number in the label's own unit, + or -."""
     if text in ("+", "-"):
         return torch.tensor(float(f"{text}inf"))
@@ -67,36 +77,36 @@ def target(text, config):
 
 
 @hookimpl
-def guide(net, x, t, target):
+def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
     """Return -1/2 (R - v)^2, whose gradient is c grad R with c = v - R; towards infinity, the prediction itself."""
-    prediction = net(x, t)[:, 0]
+    prediction: Tensor = net(x, t)[:, 0]
     distance = -0.5 * (prediction - target.nan_to_num(posinf=0, neginf=0)) ** 2
     return torch.where(target.isinf(), target.sign() * prediction, distance)
 
 
 @hookimpl
-def evaluate(net, x, t, config):
+def evaluate(net: nn.Module, x: Tensor, t: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the predicted value in the label's own unit."""
     return {"value": net(x, t)[:, 0] * config["std"] + config["mean"]}
 
 
-def numeric_columns(cases):
+def numeric_columns(cases: "Sequence[Case]") -> Iterator[str]:
     """Yield the columns whose every value is a finite number."""
     for name in cases[0].values:
         if all(is_number(case.values.get(name)) for case in cases):
             yield name
 
 
-def is_number(text):
+def is_number(text: str | None) -> bool:
     """Tell whether a text is a finite number."""
     try:
-        return math.isfinite(float(text))
-    except (TypeError, ValueError):
+        return text is not None and math.isfinite(float(text))
+    except ValueError:
         return False
 
 
-def value(case, name):
-    """Return a case's number: of a column, or the mask's area over the brain's (the pixels brighter than the background)."""
+def value(case: "Case", name: str) -> float:
+    """Return a case's number: of a column, or the mask's area over the brain's (all that is not background)."""
     if name != TUMOUR:
         if not is_number(case.values.get(name)):
             raise InputError(f"{case.name}: {name} is {case.values.get(name)!r}, not a number.")

@@ -1,15 +1,23 @@
 """Segmentation: a mask where something shall be (Algorithm 2)."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from knife.errors import InputError
 from knife.hookspecs import hookimpl
-from knife.image import read_mask
+from knife.image import Image, read_mask
+
+if TYPE_CHECKING:
+    from knife.data import Case
+    from knife.spec import ImageSpec
 
 
 @hookimpl
-def configure(cases):
+def configure(cases: "Sequence[Case]") -> dict[str, Any]:
     """Check that every case has a mask."""
     without = [case.name for case in cases if case.mask is None]
     if without:
@@ -18,38 +26,40 @@ def configure(cases):
 
 
 @hookimpl
-def label(case):
+def label(case: "Case") -> Tensor:
     """Return the case's mask [1, H, W]."""
+    if case.mask is None:
+        raise InputError(f"{case.name}: has no mask, though the others have one.")
     return case.mask
 
 
 @hookimpl
-def build(image_spec):
+def build(image_spec: "ImageSpec") -> nn.Module:
     """Build the U-Net with one output, the logit of the mask."""
     return image_spec.build_unet(1)
 
 
 @hookimpl
-def train(net, x, t, label):
+def train(net: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
     """Return the binary cross-entropy."""
     return F.binary_cross_entropy_with_logits(net(x, t)[:, :1], label)
 
 
 @hookimpl
-def target(text, image, image_spec):
+def target(text: str, image: Image, image_spec: "ImageSpec") -> Tensor:
     """Read a mask file on the image's grid."""
     return image.on_grid(read_mask(text, image), image_spec.size).round()
 
 
 @hookimpl
-def guide(net, x, t, target):
+def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
     """Return minus the binary cross-entropy to the wanted mask."""
     logits = net(x, t)[:, :1]
     return -F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2, 3))
 
 
 @hookimpl
-def evaluate(net, x, t, target):
+def evaluate(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Return the share of the image that is segmented, and its Dice overlap with the wanted mask."""
     found = (net(x, t)[:, :1] > 0).float()
     overlap, areas = (found * target).sum((1, 2, 3)), (found + target).sum((1, 2, 3))

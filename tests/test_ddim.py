@@ -1,7 +1,7 @@
 """Encode and decode against closed forms: Gaussian data, for which the exact eps is known.
 
-A network sees timesteps, and t = 0 stands for the levels 0 and 1 alike. An exact eps must tell them apart, so the exact networks
-here are told the levels that they will be asked at, in order, and check the timestep that they are asked with.
+A network sees timesteps, and t = 0 stands for the levels 0 and 1 alike. An exact eps must tell them apart, so the exact
+networks here are told the levels that they will be asked at, in order, and check the timestep that they are asked with.
 """
 
 import math
@@ -61,7 +61,7 @@ def with_alpha_bar(alpha_bar):
     return schedule
 
 
-# --- P1: a constant eps makes the round trip the identity ---------------------------------------------------------------------
+# --- P1: a constant eps makes the round trip the identity -------------------------------------------------------------
 
 
 @patient
@@ -84,7 +84,7 @@ def test_round_trip_over_every_level_is_the_identity(kind, steps):
     assert (decode(net, encode(net, x, schedule, levels), schedule, levels) - x).abs().max() <= 1e-12
 
 
-# --- P2, P3: the exact gain of a round trip, and its order --------------------------------------------------------------------
+# --- P2, P3: the exact gain of a round trip, and its order ------------------------------------------------------------
 
 
 @patient
@@ -119,7 +119,7 @@ def test_loss_of_the_round_trip_halves_with_the_step(kind, std, noise_level):
     assert abs(ratios[-1] - 2) < abs(ratios[0] - 2)  # so that N (1 - gain) tends to a constant
 
 
-# --- P4: decode in closed form ------------------------------------------------------------------------------------------------
+# --- P4: decode in closed form ----------------------------------------------------------------------------------------
 
 
 @patient
@@ -136,7 +136,7 @@ def test_decode_of_gaussian_data_has_a_closed_form(schedule, data, std, mean):
     torch.testing.assert_close(decoded, expected, rtol=1e-11, atol=tolerance(schedule, noise_level))
 
 
-# --- P5, P6: guidance ---------------------------------------------------------------------------------------------------------
+# --- P5, P6: guidance -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,7 +158,8 @@ def test_exact_guidance_is_unguided_decoding_of_the_posterior(kind, noise_level,
     def posterior_eps(x, t):
         ab = schedule.alpha_bar[t[0] + 1]
         covariance = ab * posterior_covariance + (1 - ab) * torch.eye(6, dtype=torch.float64)
-        return (1 - ab).sqrt() * torch.linalg.solve(covariance, (x.flatten(1) - ab.sqrt() * posterior_mean).T).T.view(shape)
+        deviation = x.flatten(1) - ab.sqrt() * posterior_mean
+        return (1 - ab).sqrt() * torch.linalg.solve(covariance, deviation.T).T.view(shape)
 
     prior_eps = gaussian_eps(schedule, mean.view(1, *shape[1:]), std**2, levels[:0:-1])
     guided = decode(prior_eps, x, schedule, levels, score, scale=1.0)
@@ -195,6 +196,13 @@ def test_scale_zero_is_bit_for_bit_unguided(clamp, dtype):
     assert torch.equal(guided, decode(net, x, schedule, levels, clamp=clamp))
 
 
+def test_scale_zero_does_not_ask_the_guide():
+    def score(x, t):
+        raise AssertionError
+
+    decode(lambda x, t: x, normal(1, 1, 2, 2), Schedule(), [0, 10], score, scale=0)
+
+
 def test_opposite_scores_pull_in_opposite_directions():
     schedule, levels, x = Schedule(), path(300, 12), normal(2, 1, 4, 4)
     net = lambda x, t: 0.5 * x  # noqa: E731
@@ -205,7 +213,7 @@ def test_opposite_scores_pull_in_opposite_directions():
     torch.testing.assert_close(up - unguided, unguided - down, rtol=1e-9, atol=1e-12)
 
 
-# --- Gradients ----------------------------------------------------------------------------------------------------------------
+# --- Gradients --------------------------------------------------------------------------------------------------------
 
 
 class Watched(nn.Module):
@@ -227,7 +235,8 @@ def test_no_gradient_flows_through_the_diffusion_network():
     torch.manual_seed(0)
     net, guide = Watched(4), Watched(1)
     x = normal(2, 2, 4, 4).requires_grad_()
-    result = decode(net, encode(net, x, schedule, levels), schedule, levels, lambda x, t: guide(x, t).mean((1, 2, 3)), scale=3)
+    noisy = encode(net, x, schedule, levels)
+    result = decode(net, noisy, schedule, levels, lambda x, t: guide(x, t).mean((1, 2, 3)), scale=3)
     assert net.asked == [False] * 16
     assert guide.asked == [True] * 8
     assert not result.requires_grad
@@ -249,6 +258,7 @@ def test_gradient_is_of_each_image_alone():
     score = lambda x, t: (x**3).sum((1, 2, 3)) * t  # noqa: E731
     torch.testing.assert_close(gradient(score, x, t), 3 * x**2 * t.view(3, 1, 1, 1), rtol=1e-14, atol=0)
     assert not gradient(score, x, t).requires_grad
+    assert not x.requires_grad
 
 
 def test_images_of_a_batch_do_not_see_each_other():
@@ -258,7 +268,7 @@ def test_images_of_a_batch_do_not_see_each_other():
     assert torch.equal(translate(x), torch.cat([translate(one) for one in x.split(1)]))
 
 
-# --- The walk -----------------------------------------------------------------------------------------------------------------
+# --- The walk ---------------------------------------------------------------------------------------------------------
 
 
 def test_both_directions_ask_at_the_level_they_come_from():
@@ -289,7 +299,7 @@ def test_a_network_of_lower_precision_answers_in_the_precision_of_the_images():
     assert encode(lambda x, t: x.bfloat16(), x, Schedule(), [0, 10]).dtype == torch.float64
 
 
-# --- Clamping -----------------------------------------------------------------------------------------------------------------
+# --- Clamping ---------------------------------------------------------------------------------------------------------
 
 
 def test_clamp_limits_the_predicted_clean_image_of_every_step():

@@ -81,7 +81,8 @@ def test_the_loss_of_an_image_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize("T", [1, 2, 50])
 def test_the_loss_and_its_gradient_are_finite_for_few_levels(T):
-    x0, eps, v = normal(2, 1, 4, 4).clamp(-1, 1), normal(2, 1, 4, 4, seed=1), normal(2, 1, 4, 4, seed=2).requires_grad_()
+    x0, eps, v = normal(2, 1, 4, 4).clamp(-1, 1), normal(2, 1, 4, 4, seed=1), normal(2, 1, 4, 4, seed=2)
+    v.requires_grad_()
     loss = hybrid_loss(fixed(0.9 * eps, v), x0, torch.tensor([1, T]), eps, Schedule("linear", T))
     loss.sum().backward()
     assert loss.isfinite().all()
@@ -108,8 +109,7 @@ def test_the_256_values_share_a_probability_of_one(log_std):
 def test_divergence_of_normals():
     mean1, log_var1, mean2, log_var2 = normal(4, 5)
     assert normal_kl(mean1, log_var1, mean1, log_var1).tolist() == [0] * 5
-    first, second = (
-        torch.distributions.Normal(mean, (log_var / 2).exp()) for mean, log_var in ((mean1, log_var1), (mean2, log_var2))
-    )
+    first = torch.distributions.Normal(mean1, (log_var1 / 2).exp())
+    second = torch.distributions.Normal(mean2, (log_var2 / 2).exp())
     expected = torch.distributions.kl_divergence(first, second)
     torch.testing.assert_close(normal_kl(mean1, log_var1, mean2, log_var2), expected, rtol=1e-12, atol=1e-14)

@@ -42,7 +42,7 @@ SHAPES = [
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """A device with a compiled kernel; KNIFE_OPS=native makes its absence a failure, else it is a skip."""
+    """Give a device with a compiled kernel; its absence is a failure under KNIFE_OPS=native, else a skip."""
     status = ops.status(request.param)
     if status.path != "native":
         pytest.skip(status.reason)
@@ -50,7 +50,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def numbers(images: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Alpha_bar, alpha_bar_next and scale, another for each image; the first image is at level 0."""
+    """Give alpha_bar, alpha_bar_next and scale, another for each image; the first image is at level 0."""
     alpha_bar = torch.linspace(1.0, 0.02, max(images, 2), dtype=torch.float64)[:images]
     return (
         alpha_bar.to(device),
@@ -60,13 +60,13 @@ def numbers(images: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
 
 
 def images(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    """X, eps and grad, contiguous."""
+    """Draw x, eps and grad, contiguous."""
     generator = torch.Generator().manual_seed(sum(shape))
     return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
 
 
 def channel_slice(image: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """The same values as the first half of the channels of a tensor twice as wide."""
+    """Store an image as the first half of the channels of a tensor twice as wide."""
     return torch.cat([image, image + 1], 1).contiguous(memory_format=memory_format)[:, : image.shape[1]]
 
 
@@ -75,7 +75,7 @@ def channels_last(image: Tensor) -> Tensor:
 
 
 def every_other(image: Tensor) -> Tensor:
-    """The same values with gaps between the images and between the pixels."""
+    """Store an image with gaps between images, channels and pixels."""
     wide = image.new_zeros([2 * side for side in image.shape])
     view = wide[tuple(slice(None, None, 2) for _ in image.shape)]
     return view.copy_(image)
@@ -98,7 +98,7 @@ LAYOUTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tens
 
 
 def assert_same(kernel: Tensor, reference: Tensor) -> None:
-    """Bit for bit, in the same memory format."""
+    """Compare bit for bit, memory format included."""
     torch.testing.assert_close(kernel, reference, rtol=0, atol=0, equal_nan=True, check_stride=kernel.numel() > 0)
 
 
@@ -304,7 +304,7 @@ def test_step_can_be_traced_whole() -> None:
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The library that this session uses, for fake compilers to hand out."""
+    """Find the library that this session uses, for fake compilers to hand out."""
     status = ops.status()
     if status.library is None:
         pytest.skip(status.reason)
@@ -313,7 +313,7 @@ def library() -> Path:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """An empty cache and no choice made."""
+    """Start with an empty cache and no choice made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("KNIFE_OPS", raising=False)
     monkeypatch.setattr(ops, "_decide", ops.functools.cache(ops._decide.__wrapped__))
@@ -322,7 +322,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch
 
 
 def fake_compiler(folder: Path, body: str) -> str:
-    """A compiler that writes its process id to started and then does what body says; $out is what it shall make."""
+    """Write a compiler that notes its start and then does what body says; $out is what it shall make."""
     script = folder / "fake-c++"
     script.write_text(f"#!/bin/sh\nfor out; do :; done\necho $$ >> {folder}/started\n{body}\n")
     script.chmod(0o755)
@@ -362,6 +362,11 @@ def test_without_a_library_plain_torch_serves_and_says_why(
     fresh.setenv("KNIFE_OPS", "native")
     with pytest.raises(OpsError, match="KNIFE_OPS=native, but there is no compiled kernel for cpu: "):
         ops._decide.__wrapped__("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_missing_cuda_says_so(fresh: pytest.MonkeyPatch) -> None:
+    assert ops.status("cuda").reason == "plain torch: torch sees no CUDA device"
 
 
 def test_a_device_without_a_kernel_says_so(fresh: pytest.MonkeyPatch) -> None:
@@ -480,7 +485,7 @@ print(ops.status().path, ops.status().reason)
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nvcc
 def test_cuda_kernel_compiles(tmp_path: Path) -> None:
     try:
         ops.compiler("cuda")

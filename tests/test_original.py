@@ -1,12 +1,13 @@
 """The formulas against the original implementation (guided-diffusion): schedules, training loss, one step up and down.
 
-Indices: the original counts timesteps t = 0..T-1 where knife counts levels, level k = t + 1 (level 0 is the clean image), so:
+Indices: the original counts timesteps t = 0..T-1 where knife counts levels 0..T, and its t is knife's level t + 1:
 
-    original                                         knife
-    training_losses at t                             hybrid_loss at level t + 1
-    ddim_sample at t: alpha_bar[t] -> [t - 1]        decode from level t + 1 to t
-    ddim_reverse_sample at t: alpha_bar[t] -> [t+1]  encode from level t + 1 to t + 2; its last, t = T - 1, leads to
-                                                     alpha_bar = 0 and the step up from level 0 is missing: no counterparts
+    original                  knife
+    training_losses at t      hybrid_loss at level t + 1
+    ddim_sample at t          decode from level t + 1 to t
+    ddim_reverse_sample at t  encode from level t + 1 to t + 2
+
+Its last step up, from t = T - 1 to alpha_bar = 0, has no counterpart here; knife's first, from level 0, has none there.
 
 The original rounds its coefficients to float32; here it is made to keep them in float64, so that formulas are compared.
 """
@@ -67,7 +68,8 @@ def test_schedules(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_training_loss_of_each_image(schedule, learned_sigma):
     level = torch.tensor([1, 1, 2, schedule.T // 2, schedule.T - 1, schedule.T])
-    x0, eps = normal(6, 3, 4, 4).clamp(-1, 1), normal(6, 3, 4, 4, seed=1)  # the clamp puts pixels into the outermost bins
+    x0 = normal(6, 3, 4, 4).clamp(-1, 1)  # so that some pixels lie in the outermost bins
+    eps = normal(6, 3, 4, 4, seed=1)
     model = net if learned_sigma else lambda x, t: net(x, t)[:, :3]
     theirs = diffusion(schedule, learned_sigma).training_losses(model, x0, level - 1, noise=eps)["loss"]
     torch.testing.assert_close(hybrid_loss(model, x0, level, eps, schedule), theirs, **CLOSE)
@@ -120,7 +122,7 @@ def test_one_guided_step_down(schedule, level):
 def test_one_clipped_and_guided_step_down(schedule, level):
     """The original clips x0 and guides then, so that its x0 may leave the range again; knife clamps the guided x0.
 
-    They agree if the original's clipping is part of the network: eps as its clipped x0 implies it, then guided, never clamped.
+    They agree if the clipping is part of the network: eps as the clipped x0 implies it, then guided and never clamped.
     """
     x, at, scale = normal(2, 3, 4, 4), torch.tensor([level, level]), 3.0
     theirs = diffusion(schedule).ddim_sample(

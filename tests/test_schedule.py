@@ -1,6 +1,7 @@
 """The noise levels: closed forms, noising, the path of levels."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_a_schedule_of_one_level_is_one(kind):
     assert Schedule(kind, 1).alpha_bar.shape == (2,)
 
 
-@pytest.mark.parametrize(("kind", "T", "words"), [("quadratic", 1000, "'quadratic' is unknown"), ("linear", 0, "T = 0")])
+@pytest.mark.parametrize(("kind", "T", "words"), [("square", 1000, "'square' is unknown"), ("linear", 0, "T = 0")])
 def test_schedules_that_cannot_be_are_refused(kind, T, words):
     with pytest.raises(SettingsError, match=words):
         Schedule(kind, T)
@@ -86,10 +87,15 @@ def test_noise_keeps_the_dtype_of_the_images():
 def test_path_rises_evenly_from_zero_to_the_noise_level(case):
     noise_level, steps = case
     levels = path(noise_level, steps)
-    gaps = {b - a for a, b in zip(levels, levels[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(levels)}
     assert (levels[0], levels[-1], len(levels)) == (0, noise_level, steps + 1)
     assert min(gaps) >= 1
     assert max(gaps) - min(gaps) <= 1
+
+
+def test_path_takes_the_nearest_levels():
+    assert path(1000, 3) == [0, 333, 667, 1000]
+    assert path(4, 4) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# What only a GPU can tell. Run from the root of a checkout, with a python3 that has torch for CUDA:
+#
+#     bash benchmarks/gpu.sh ops       build the CUDA kernel, test it, look for memory errors and races, measure GB/s
+#     bash benchmarks/gpu.sh train     make phantoms and train the four small models on them
+#     bash benchmarks/gpu.sh measure   quality figures, and seconds per image
+#
+# Each takes less than ten minutes on one H100. Results go to $OUT (default: out/). Packages that python3 lacks can lie as
+# wheels in .whl/; knife and they are installed into $KNIFE_SITE (default: /tmp/knife-site).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=$(realpath -m "${OUT:-out}")
+site=${KNIFE_SITE:-/tmp/knife-site}
+data=${KNIFE_DATA:-/tmp/knife-phantoms}
+models=${KNIFE_MODELS:-/tmp/knife-models}
+
+install() {
+    mkdir -p "$out"
+    local pip=(python3 -m pip install -q --no-index --no-deps --no-cache-dir --upgrade --target "$site")
+    if compgen -G ".whl/*.whl" > /dev/null; then "${pip[@]}" .whl/*.whl; fi
+    "${pip[@]}" --no-build-isolation .
+    export PYTHONPATH="$site" PATH="$site/bin:$PATH" PYTHONUNBUFFERED=1
+}
+
+say() { printf '\n== %s\n' "$*"; }
+
+gpu_ops() {
+    export KNIFE_OPS=native
+    local small="kernel_equals_reference and cuda and float32 and (contiguous or slice)"
+    local test=(python3 -m pytest -q -p no:cacheprovider tests/test_ops.py)
+    say "which kernels run"
+    python3 -c 'from knife import ops; [print(ops.status(d), ops.self_test(d)) for d in ops.SOURCES]'
+    say "tests"
+    timeout 240 "${test[@]}" -rs
+    for tool in memcheck racecheck; do
+        if command -v compute-sanitizer > /dev/null; then
+            say "compute-sanitizer $tool"
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 \
+                compute-sanitizer --tool "$tool" --error-exitcode 1 "${test[@]}" -k "$small"
+        fi
+    done
+    say "GB/s"
+    for dtype in float32 bfloat16; do
+        python3 benchmarks/ops.py --device cuda --dtype "$dtype" | tee "$out/ops-$dtype.txt"
+    done
+}
+
+# Train one network; SIGTERM after so many seconds saves, and the same command goes on from there.
+train_one() {
+    local network=$1 seconds=$2 steps=$3
+    say "train $network"
+    timeout --signal=TERM "$seconds" \
+        knife train "$network" --data "$data" --models "$models" --preset small-64 --steps "$steps" --device cuda || true
+}
+
+gpu_train() {
+    say "phantoms"
+    [ -d "$data" ] || knife phantom "$data" --count "${COUNT:-4000}" --size 64 --seed 0
+    train_one diffusion 300 "${STEPS:-30000}"
+    for network in regress classify segment; do train_one "$network" 60 "${TASK_STEPS:-4000}"; done
+    find "$models" -name '*.safetensors' -exec cp {} "$out/" \;
+    ls -l "$out"
+}
+
+gpu_measure() {
+    say "quality"
+    timeout 400 python3 benchmarks/quality.py --device cuda | tee "$out/quality.txt"
+    say "seconds per image"
+    timeout 180 python3 benchmarks/translate.py --device cuda | tee "$out/translate.txt"
+}
+
+case "${1:-}" in
+    ops | train | measure) install && nvidia-smi -L && "gpu_$1" ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac

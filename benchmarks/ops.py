@@ -1,0 +1,178 @@
+"""Measure the fused DDIM step beside a plain copy and beside the same step in plain torch.
+
+    python benchmarks/ops.py [--device cuda] [--dtype bfloat16] [--repeats 50]
+
+A guided step reads x, eps and the gradient and writes x': four passes over an image. Nothing can be faster than moving
+those bytes, so the yardstick is a copy of as many (of a tensor twice as large: one pass reads, one writes) into memory
+that is there already; the step also has to get its output. eps is a channel slice of a twice as wide output, as in
+translation.
+
+Beside it stand the three lines of the formula in plain torch, and `ddim_sample` of the package guided-diffusion-sdk, if
+that is installed, around a network that costs nothing. All are timed in turn, many times, and the medians compared. The
+last line printed is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knife import ops
+
+SIZES = ((1, 4, 64, 64), (1, 4, 256, 256), (16, 4, 256, 256))
+COLUMNS = (
+    "size",
+    "step us",
+    "step GB/s",
+    "copy GB/s",
+    "of copy",
+    "three lines us",
+    "times",
+    "guided-diffusion us",
+    "times",
+)
+Calls = dict[str, Callable[[], Any]]
+
+
+def main() -> None:
+    """Measure every size and print a table and one JSON line."""
+    options = parse()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    status = ops.status(torch.device(options.device).type)
+    print(f"{machine(options.device)}; torch {torch.__version__}; {torch.get_num_threads()} threads; {options.dtype}")
+    print(f"{status.path}: {status.reason}\n")
+    rows = [measure(size, options) for size in SIZES]
+    show(rows)
+    facts = {"machine": machine(options.device), "device": options.device, "dtype": options.dtype}
+    facts |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "path": status.path}
+    print(json.dumps({"benchmark": "ops", **facts, "results": rows}))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--dtype", default="float32", choices=[str(dtype).removeprefix("torch.") for dtype in ops.DTYPES]
+    )
+    parser.add_argument("--repeats", type=int, default=50)
+    return parser.parse_args()
+
+
+def machine(device: str) -> str:
+    """Name the processor or GPU that is measured."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def measure(size: tuple[int, int, int, int], options: argparse.Namespace) -> dict[str, Any]:
+    """Time a step of one size beside its rivals; GB/s count four passes."""
+    dtype = getattr(torch, options.dtype)
+    x, grad = torch.randn(2, *size, device=options.device).to(dtype)
+    output = torch.randn(size[0], 2 * size[1], *size[2:], device=options.device).to(dtype)
+    median = medians(rivals(x, output, grad), options.repeats, options.device)
+    gigabytes = 4 * x.numel() * x.element_size() / 1e9
+    rates = {"step_gbs": gigabytes / median["step"], "copy_gbs": gigabytes / median["copy"]}
+    times = {f"{name}_us": value * 1e6 for name, value in median.items()}
+    return {"size": list(size), "of_copy": median["copy"] / median["step"], **rates, **times}
+
+
+def rivals(x: Tensor, output: Tensor, grad: Tensor) -> Calls:
+    """Set up the step, the copy of as many bytes, and the step as others take it."""
+    images = x.shape[0]
+    alpha_bar = torch.full((images,), 0.5, dtype=torch.float64, device=x.device)
+    alpha_bar_next, scale = alpha_bar + 0.01, alpha_bar * 6
+    source = torch.randn(2 * images, *x.shape[1:], device=x.device).to(x.dtype)
+    target = torch.empty_like(source)
+    eps = output[:, : x.shape[1]]
+    calls: Calls = {
+        "step": lambda: ops.ddim_step(x, eps, grad, alpha_bar, alpha_bar_next, scale),
+        "copy": lambda: target.copy_(source),
+        "three_lines": three_lines(x, eps, grad, alpha_bar, alpha_bar_next, scale),
+    }
+    return calls | guided_diffusion(x, output, grad)
+
+
+def three_lines(x: Tensor, eps: Tensor, grad: Tensor, *numbers: Tensor) -> Callable[[], Tensor]:
+    """Write the formula in plain torch, its coefficients ready in the type of x."""
+    alpha_bar, alpha_bar_next, scale = (number.view(-1, 1, 1, 1) for number in numbers)
+    coefficients = (alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), alpha_bar_next.sqrt(), (1 - alpha_bar_next).sqrt())
+    signal, noise, next_signal, next_noise = (c.to(x.dtype) for c in coefficients)
+    guide = (scale * noise).to(x.dtype)
+
+    def step() -> Tensor:
+        e = eps - guide * grad
+        x0 = (x - noise * e) / signal
+        return next_signal * x0 + next_noise * e
+
+    return step
+
+
+def guided_diffusion(x: Tensor, output: Tensor, grad: Tensor) -> Calls:
+    """Set up the original implementation's step around a network and a guide that cost nothing."""
+    try:
+        from guided_diffusion.script_util import create_gaussian_diffusion
+    except ImportError:
+        return {}
+    if x.dtype not in (torch.float32, torch.float64):
+        return {}
+    diffusion = create_gaussian_diffusion(steps=1000, learn_sigma=True)
+    t = torch.full((x.shape[0],), 400, device=x.device)
+    options = {"clip_denoised": False, "cond_fn": lambda x, t: grad, "model_kwargs": {}}
+    return {"guided_diffusion": lambda: diffusion.ddim_sample(lambda x, t: output, x, t, **options)}
+
+
+def medians(calls: Calls, repeats: int, device: str) -> dict[str, float]:
+    """Time the calls in turn, in blocks of about two milliseconds, and return the median seconds a call."""
+    counts = {name: max(1, round(2e-3 / seconds(call, 20, device))) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(seconds(call, counts[name], device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def seconds(call: Callable[[], Any], count: int, device: str) -> float:
+    """Return the mean wall-clock seconds of a call, the device's work included."""
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    widths = [max(len(column), 6) + 2 for column in COLUMNS]
+    widths[0] = 12
+    print("".join(f"{column:>{width}}" for column, width in zip(COLUMNS, widths, strict=True)))
+    for row in rows:
+        cells = [
+            "x".join(map(str, row["size"])),
+            f"{row['step_us']:.1f}",
+            f"{row['step_gbs']:.1f}",
+            f"{row['copy_gbs']:.1f}",
+        ]
+        cells.append(f"{row['of_copy']:.0%}")
+        for name in ("three_lines", "guided_diffusion"):
+            known = f"{name}_us" in row
+            cells += [f"{row[f'{name}_us']:.1f}", f"{row[f'{name}_us'] / row['step_us']:.1f}"] if known else ["-", "-"]
+        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

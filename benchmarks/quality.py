@@ -1,0 +1,229 @@
+"""How good are the shipped models? Measured on held-out phantoms, whose truth is known, by a judge that guides nothing.
+
+    python benchmarks/quality.py [--count 64] [--models DIR] [--noise-level L] [--steps N] [--device cpu]
+
+The judge is a segmenter of another architecture and seed, trained on clean phantoms of another seed; its own Dice is printed
+first. It is trained on the first run (some minutes on a CPU) and kept in --judge. Prints a table and, last, one JSON line.
+"""
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from knife.checkpoint import STARTER, load, stored_models
+from knife.ddim import decode, encode
+from knife.devices import resolve_device
+from knife.phantom import Phantom, phantom
+from knife.schedule import path
+from knife.tasks import task
+from knife.translate import Pair, Settings, resolve
+from knife.unet import Architecture, UNet
+
+HELD_OUT, JUDGE_DATA = 20_220_402, 77  # seeds of phantoms that no shipped model was trained on (theirs: 1)
+JUDGE = Architecture(24, (1, 2, 4), res_blocks=1, groups=4, stem=2)
+TARGETS = (0.02, 0.05, 0.10, 0.15)
+
+
+def pixels(phantoms: list[Phantom]) -> Tensor:
+    """Return images [N, 4, S, S] in [-1, 1]."""
+    return torch.stack([torch.from_numpy(p.pixels) for p in phantoms]) * 2 - 1
+
+
+def masks(phantoms: list[Phantom]) -> Tensor:
+    """Return tumour masks [N, 1, S, S], 0 or 1."""
+    return torch.stack([torch.from_numpy(p.mask) > 0 for p in phantoms])[:, None].float()
+
+
+def train_judge(file: Path, steps: int, device: str) -> nn.Module:
+    """Return the judge, trained on clean phantoms unless `file` holds it already."""
+    torch.manual_seed(9)
+    net = UNet(JUDGE, 4, 1).to(device)
+    if file.exists():
+        net.load_state_dict(torch.load(file, weights_only=True))
+        return net.eval()
+    data = [phantom(i, seed=JUDGE_DATA) for i in range(1500)]
+    x, y = pixels(data).to(device), masks(data).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (16,))
+        logits = net(x[chosen], torch.zeros(16, device=device))
+        p, wanted = logits.sigmoid(), y[chosen]
+        dice_loss = 1 - (2 * (p * wanted).sum() + 1) / (p.sum() + wanted.sum() + 1)
+        (F.binary_cross_entropy_with_logits(logits, wanted) + dice_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(net.state_dict(), file)
+    return net.eval()
+
+
+@torch.no_grad()
+def judged(judge: nn.Module, x: Tensor) -> Tensor:
+    """Return the mask [N, 1, S, S] that the judge sees in images in [-1, 1]."""
+    return (judge(x, torch.zeros(len(x), device=x.device)) > 0).float()
+
+
+def dice(a: Tensor, b: Tensor) -> Tensor:
+    """Return the overlap of masks, [N]; two empty masks agree."""
+    areas = (a + b).sum((1, 2, 3))
+    return torch.where(areas > 0, 2 * (a * b).sum((1, 2, 3)) / areas.clamp(min=1), torch.ones_like(areas))
+
+
+def outside(change: Tensor, brain: Tensor, tumour: Tensor, margin: int = 4) -> Tensor:
+    """Return the mean absolute change, in units of the whole range, of the brain outside the dilated tumour, [N]."""
+    near = F.max_pool2d(tumour, 2 * margin + 1, 1, margin)
+    region = brain * (1 - near)
+    return ((change.abs() / 2).mean(1, keepdim=True) * region).sum((1, 2, 3)) / region.sum((1, 2, 3)).clamp(min=1)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Return the rank correlation; equal values share their mean rank."""
+
+    def ranks(v: Tensor) -> Tensor:
+        return ((v[:, None] > v).sum(1) + 0.5 * ((v[:, None] == v).sum(1) - 1)).double()
+
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+class Bench:
+    """The models, the judge and the held-out phantoms, encoded once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device, _ = resolve_device(options.device)
+        self.stored = {s.card.kind: s for s in stored_models(options.models)}
+        self.net = load(self.stored["diffusion"], self.device)
+        self.card = self.stored["diffusion"].card
+        given = {"noise_level": options.noise_level, "steps": options.steps, "strength": options.strength}
+        self.settings = replace(Settings(), **{k: v for k, v in given.items() if v is not None})
+        self.levels = path(self.settings.noise_level, self.settings.steps)
+        self.judge = train_judge(options.judge, options.judge_steps, self.device)
+        half = options.count // 2
+        self.healthy = [phantom(i, seed=HELD_OUT, relative_size=0.0) for i in range(half)]
+        self.diseased = [phantom(i, seed=HELD_OUT, relative_size=0.04 + 0.16 * i / half) for i in range(half, 2 * half)]
+        everything = self.healthy + self.diseased
+        self.x, self.mask = pixels(everything).to(self.device), masks(everything).to(self.device)
+        self.brain = torch.stack([torch.from_numpy(p.brain) for p in everything])[:, None].float().to(self.device)
+        self.half, self.batch = half, options.batch_size
+        self.noisy = torch.cat([encode(self.net, x, self.card.schedule, self.levels) for x in self.x.split(self.batch)])
+
+    def decode(self, rows: slice, name: str | None = None, targets: Tensor | None = None) -> Tensor:
+        """Decode some of the phantoms towards targets [N, ...] of a task, or unguided."""
+        results = []
+        for i, noisy in enumerate(self.noisy[rows].split(self.batch)):
+            score, scale = None, 0.0
+            if name is not None and targets is not None:
+                stored = self.stored[name]
+                wanted = targets[i * self.batch : i * self.batch + len(noisy)].to(self.device)
+                score = task(name).score(load(stored, self.device), wanted)
+                scale = resolve(self.settings, Pair(self.stored["diffusion"], stored)).scale or 0.0
+            results.append(decode(self.net, noisy, self.card.schedule, self.levels, score, scale))
+        return torch.cat(results)
+
+    def change(self, rows: slice, y: Tensor, wanted: Tensor | None = None) -> float:
+        """Return the median over images of the mean change outside tumours old, new and wanted."""
+        tumour = torch.maximum(self.mask[rows], judged(self.judge, y))
+        if wanted is not None:
+            tumour = torch.maximum(tumour, wanted)
+        return float(outside(y - self.x[rows], self.brain[rows], tumour).mean())
+
+    def size(self, rows: slice, y: Tensor) -> Tensor:
+        """Return the judged relative tumour size, [N]."""
+        return judged(self.judge, y).sum((1, 2, 3)) / self.brain[rows].sum((1, 2, 3))
+
+
+def measure(bench: Bench) -> dict[str, float]:
+    """Measure everything; see the README for what each figure means."""
+    everything, healthy, diseased = slice(None), slice(0, bench.half), slice(bench.half, None)
+    figures = {"judge's own Dice (median, diseased)": float(dice(judged(bench.judge, bench.x[diseased]), bench.mask[diseased]).median())}
+    y = bench.decode(everything)
+    figures["round trip: mean absolute error"] = float((y - bench.x).abs().mean() / 2)
+
+    config = bench.stored["regress"].card.config
+    wanted, reached, changes = [], [], []
+    for value in TARGETS:
+        target = torch.full((len(bench.x),), (value - config["mean"]) / config["std"])
+        y = bench.decode(everything, "regress", target)
+        size = bench.size(everything, y)
+        figures[f"regress to {value:g}: judged size (median)"] = float(size.median())
+        wanted.append(torch.full_like(size, value))
+        reached.append(size)
+        changes.append(bench.change(everything, y))
+    want, reach = torch.cat(wanted), torch.cat(reached)
+    figures["regress: Spearman of target and judged size"] = spearman(want, reach)
+    figures["regress: median error of judged size"] = float((want - reach).abs().median())
+    figures["regress: change outside"] = sum(changes) / len(changes)
+
+    twins = [phantom(i, seed=HELD_OUT, relative_size=0.08) for i in range(bench.half)]
+    target = masks(twins).to(bench.device)
+    y = bench.decode(healthy, "segment", target)
+    figures["segment: median Dice of judged tumour and mask"] = float(dice(judged(bench.judge, y), target).median())
+    figures["segment: change outside"] = bench.change(healthy, y, target)
+
+    classes = bench.stored["classify"].card.config["classes"]
+    y = bench.decode(diseased, "classify", torch.full((len(bench.x) - bench.half,), classes.index("healthy")))
+    left = judged(bench.judge, y).sum((1, 2, 3)) / judged(bench.judge, bench.x[diseased]).sum((1, 2, 3)).clamp(min=1)
+    figures["classify to healthy: median cut of the tumour's area"] = float(1 - left.median())
+    figures["classify: change outside"] = bench.change(diseased, y)
+    return figures
+
+
+GOALS = {  # figure: (at least, at most)
+    "round trip: mean absolute error": (None, 0.01),
+    "regress: Spearman of target and judged size": (0.9, None),
+    "regress: median error of judged size": (None, 0.02),
+    "regress: change outside": (None, 0.02),
+    "segment: median Dice of judged tumour and mask": (0.75, None),
+    "segment: change outside": (None, 0.02),
+    "classify to healthy: median cut of the tumour's area": (0.8, None),
+    "classify: change outside": (None, 0.02),
+}
+
+
+def verdict(name: str, value: float) -> str:
+    """Say the goal of a figure and whether it is met."""
+    low, high = GOALS.get(name, (None, None))
+    if low is None and high is None:
+        return ""
+    met = (low is None or value >= low) and (high is None or value <= high)
+    return f"{'>=' if low is not None else '<='} {low if low is not None else high:g}  {'met' if met else 'MISSED'}"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=64, help="phantoms, half of them healthy")
+    parser.add_argument("--models", type=Path, default=STARTER, help="folder that holds one data set's four models")
+    parser.add_argument("--judge", type=Path, default=Path("out/judge.pt"))
+    parser.add_argument("--judge-steps", type=int, default=1500)
+    parser.add_argument("--noise-level", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--strength", type=float)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    bench = Bench(options)
+    figures = measure(bench)
+    for name, value in figures.items():
+        print(f"{name:<55} {value:8.4f}  {verdict(name, value)}")
+    about = {
+        "settings": vars(bench.settings),
+        "count": options.count,
+        "seconds": round(time.perf_counter() - began),
+        "device": torch.cuda.get_device_name() if bench.device != "cpu" else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps({"figures": {name: round(value, 4) for name, value in figures.items()}, **about}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Seconds per image, by task: the whole translation of `knife.translate`, models already chosen, files written.
+
+    python benchmarks/translate.py [--batch-sizes 1,8] [--noise-level L] [--steps N] [--repeats 3] [--device auto]
+
+Images are phantoms, models the shipped ones. Prints a table (medians over the repeats) and, last, one JSON line.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from knife import ops
+from knife.devices import resolve_device
+from knife.phantom import phantom, write_nifti
+from knife.translate import Settings, translate
+
+TARGETS = {"regress": "0.15", "classify": "healthy", "segment": "mask.nii"}
+
+
+def measure(task: str, batch: int, folder: Path, options: argparse.Namespace) -> float:
+    """Return the median seconds an image."""
+    given = {"noise_level": options.noise_level, "steps": options.steps}
+    settings = replace(Settings(batch_size=batch), **{k: v for k, v in given.items() if v is not None})
+    images = [folder / f"{i}.nii" for i in range(batch)]
+    target = str(folder / TARGETS[task]) if task == "segment" else TARGETS[task]
+    seconds = []
+    for _ in range(options.repeats + 1):
+        began = time.perf_counter()
+        translate(images, task, target, out=folder / "out", models=None, settings=settings, device=options.device)
+        seconds.append((time.perf_counter() - began) / batch)
+    return statistics.median(seconds[1:])  # the first run warms up
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-sizes", default="1,8")
+    parser.add_argument("--noise-level", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    batches = [int(text) for text in options.batch_sizes.split(",")]
+    figures: dict[str, dict[int, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for i in range(max(batches)):
+            write_nifti(folder / f"{i}.nii", phantom(i, seed=5).pixels)
+        write_nifti(folder / "mask.nii", phantom(0, seed=5, relative_size=0.1).mask)
+        print(f"{'task':<10}" + "".join(f"batch {batch:<3} s/image  " for batch in batches))
+        for task in TARGETS:
+            figures[task] = {batch: measure(task, batch, folder, options) for batch in batches}
+            print(f"{task:<10}" + "".join(f"{seconds:17.3f}  " for seconds in figures[task].values()))
+    device, _ = resolve_device(options.device)
+    machine = torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(json.dumps({"seconds_per_image": figures, "machine": machine, "ops": ops.status().path, "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The device asked for is taken or refused, never silently another one."""
+
+import pytest
+import torch
+
+from knife.devices import enough_memory, resolve_device
+from knife.errors import DeviceError
+
+
+def test_the_cpu_is_taken_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device, why = resolve_device("auto")
+    assert device == "cpu"
+    assert why in ("torch finds no GPU", "this torch is built without CUDA")
+    assert resolve_device("cpu")[0] == "cpu"
+
+
+@pytest.mark.parametrize("text", ["cuda", "cuda:0", "cuda:7"])
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=f"--device {text}: not there"):
+        resolve_device(text)
+
+
+@pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "cpu:0", "auto:1", "cuda:0 "])
+def test_a_device_of_another_name_is_refused(text: str) -> None:
+    with pytest.raises(DeviceError, match="give auto, cpu, cuda or cuda:N"):
+        resolve_device(text)
+
+
+def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    assert resolve_device("auto") == ("cuda:0", "Card 0, found by itself")
+    assert resolve_device("cuda") == ("cuda:0", "Card 0, as asked for")
+    assert resolve_device("cuda:1") == ("cuda:1", "Card 1, as asked for")
+    with pytest.raises(DeviceError, match="--device cuda:2: not there"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")]
+)
+def test_too_little_memory_is_said_with_a_remedy(error: Exception) -> None:
+    with (
+        pytest.raises(DeviceError, match=r"cuda:0: two images do not fit into memory; give one\."),
+        enough_memory("cuda:0", "two images do", "give one"),
+    ):
+        raise error
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), enough_memory("cpu", "it does", "give less"):
+        raise RuntimeError("a bug")

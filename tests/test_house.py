@@ -1,0 +1,88 @@
+"""The plan of the code as a test: arrows point down, torch stays out of the command line, hooks are documented and tested."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from knife import hookspecs
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    6: ("cli",),
+    5: ("demo", "contract", "scaffold"),
+    4: ("train", "translate", "doctor"),
+    3: ("checkpoint", "interop"),
+    2: ("ddpm", "ddim", "data", "tasks", "panel", "phantom"),
+    1: ("schedule", "spec", "unet", "image", "ops", "hookspecs", "devices"),
+    0: ("errors",),
+}
+FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
+SAME_FLOOR = {("spec", "unet"), ("schedule", "errors"), ("ddim", "ops"), ("demo", "scaffold")}
+ONLY = {  # a library: the modules that may import it
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "pluggy": {"tasks", "hookspecs"},
+    "nibabel": {"image", "phantom"},
+    "PIL": {"image", "panel"},
+}
+PLUGINS_MAY = {"knife.hookspecs", "knife.errors", "knife.unet", "knife.image"}
+MODULES = sorted(path for path in (ROOT / "knife").glob("*.py") if path.stem != "__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules a file imports at run time; what stands under TYPE_CHECKING does not count."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" if node.module == "knife" else node.module for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_point_down(path: Path) -> None:
+    assert path.stem in FLOOR_OF, "give the new module a floor"
+    for name in imports(path):
+        if name.startswith("knife."):
+            other = name.split(".")[1]
+            if other in FLOOR_OF and (path.stem, other) not in SAME_FLOOR:
+                assert FLOOR_OF[other] < FLOOR_OF[path.stem], f"{path.stem} imports {other}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_libraries_stay_where_they_belong(path: Path) -> None:
+    for name in imports(path):
+        library = name.split(".")[0]
+        assert library not in ONLY or path.stem in ONLY[library], f"{path.stem} imports {library}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plugins").glob("*.py")), ids=lambda path: path.stem)
+def test_plugins_have_no_privileges(path: Path) -> None:
+    assert {name for name in imports(path) if name.split(".")[0] == "knife"} <= PLUGINS_MAY
+
+
+@pytest.mark.parametrize("module", ["knife", "knife.cli"])
+def test_torch_is_not_imported_before_it_is_needed(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_hooks_are_documented() -> None:
+    for name in (*hookspecs.REQUIRED, *hookspecs.OPTIONAL):
+        assert inspect.getdoc(getattr(hookspecs, name))
+        assert f"`{name}`" in (ROOT / "README.md").read_text(), f"the README's table of hooks lacks {name}"
+
+
+def test_the_map_in_the_readme_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in MODULES:
+        assert path.name in readme, f"the README's map lacks {path.name}"

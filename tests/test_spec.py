@@ -1,0 +1,76 @@
+"""Image specs and the table of presets."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from knife.errors import SettingsError
+from knife.spec import PRESETS, ImageSpec, preset
+from knife.unet import Architecture
+
+UNET = Architecture(32, (1, 2), res_blocks=1, attention=(2,))
+SPEC = ImageSpec(("t1", "flair"), (8, 12), UNET, replace(UNET, pool="spatial", head_width=16), (0.0, 1.0))
+
+
+def test_a_spec_survives_json():
+    assert ImageSpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_specs_of_presets_survive_json(name):
+    row = preset(name)
+    spec = row.spec("diffusion", tuple("abcd"[: row.channels or 2]))
+    assert ImageSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_settings_that_a_later_knife_adds_to_an_architecture_are_passed_over():
+    values = SPEC.to_json()
+    values["unet"]["colour"] = "green"
+    assert ImageSpec.from_json(values) == SPEC
+
+
+def test_networks_have_the_channels_of_the_spec():
+    x, t = torch.zeros(1, 2, 8, 12), torch.tensor([0])
+    assert SPEC.build_unet(3)(x, t).shape == (1, 3, 8, 12)
+    assert SPEC.build_encoder(5)(x, t).shape == (1, 5)
+
+
+@pytest.mark.parametrize("size", [(9, 8), (8, 7), (1, 1)])
+def test_sizes_that_the_levels_do_not_divide_are_refused(size):
+    with pytest.raises(SettingsError, match=rf"size {size[0]}x{size[1]}: both sides must be divisible by 2"):
+        replace(SPEC, size=size)
+
+
+def test_the_encoder_has_a_say_in_the_size():
+    with pytest.raises(SettingsError, match="divisible by 8"):
+        replace(SPEC, encoder=replace(UNET, mult=(1, 1, 1, 2)))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_every_kind(name):
+    row = preset(name)
+    channels = tuple("abcd"[: row.channels or 4])
+    with torch.device("meta"):
+        for kind in row.kinds:
+            spec = row.spec(kind, channels)
+            assert sum(p.numel() for p in spec.build_unet(2 * len(channels)).parameters()) > 0
+            assert sum(p.numel() for p in spec.build_encoder(1).parameters()) > 0
+            assert row.settings(kind).steps > 0
+
+
+def test_a_segmenter_may_have_another_architecture_than_the_diffusion_model():
+    row = preset("small-64")
+    assert row.spec("segment", ("a",)).unet == row.segmenter != row.spec("diffusion", ("a",)).unet == row.diffusion
+    assert row.settings("segment") == row.settings("regress") != row.settings("diffusion")
+
+
+def test_a_preset_of_other_channels_is_refused():
+    with pytest.raises(SettingsError, match=r"paper-faces: made for 3 channels, the images have 2 \(t1, flair\)"):
+        preset("paper-faces").spec("diffusion", ("t1", "flair"))
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(SettingsError, match=r"--preset large: there is none .* paper-faces, paper-brats, small-64"):
+        preset("large")

@@ -1,0 +1,684 @@
+"""A resumed training is bit for bit the uninterrupted one, and whatever else differs or fails is refused in words."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from knife import spec, train
+from knife.checkpoint import describe, load_model, read_about, read_tensors
+from knife.errors import DeviceError, InputError, KnifeError, ModelError, SettingsError, TaskError
+from knife.schedule import Schedule
+from knife.train import Budget, Run, batch_of, resume_path
+from knife.train import train as run_training
+from knife.unet import Architecture
+
+SQUARES = 24
+TINY = Architecture(8, (1, 2), res_blocks=1, groups=4, pool="mean")
+FAST = spec.Training(8, 4, 2e-3, 0.9)
+TINY_PRESET = spec.Preset("tiny", (16, 16), None, TINY, TINY, TINY, {"diffusion": FAST, "task": FAST})
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offer a preset of tiny networks."""
+    monkeypatch.setitem(spec.PRESETS, "tiny", TINY_PRESET)
+
+
+def write_squares(root: Path, count: int = SQUARES) -> Path:
+    """Write pictures of a square whose side is the value to learn, with masks; every sixth is set apart."""
+    lines = ["image,mask,bulk,side,split"]
+    (root / "images").mkdir(parents=True)
+    for i in range(count):
+        side = 2 + i % 9
+        pixels, mask = np.full((16, 16), 120 if side > 5 else 20, np.uint8), np.zeros((16, 16), np.uint8)
+        pixels[3 : 3 + side, 3 : 3 + side], mask[3 : 3 + side, 3 : 3 + side] = 200 + i, 255
+        for name, array in ((f"images/{i:02d}.png", pixels), (f"images/{i:02d}_mask.png", mask)):
+            Picture.fromarray(array).save(root / name)
+        bulk, split = "large" if side > 5 else "small", "val" if i % 6 == 5 else "train"
+        lines.append(f"images/{i:02d}.png,images/{i:02d}_mask.png,{bulk},{side},{split}")
+    (root / "manifest.csv").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture
+def squares(tmp_path: Path) -> Path:
+    return write_squares(tmp_path / "squares")
+
+
+class Witness:
+    """Remembers what a run told."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[int, int]] = []
+        self.budgets: list[Budget] = []
+        self.steps: list[tuple[int, float]] = []
+        self.files: list[Path] = []
+
+    def loading(self, done: int, total: int) -> None:
+        self.loaded.append((done, total))
+
+    def budget(self, budget: Budget) -> None:
+        self.budgets.append(budget)
+
+    def step(self, step: int, loss: float) -> None:
+        self.steps.append((step, loss))
+
+    def saved(self, path: Path) -> None:
+        self.files.append(path)
+
+
+def a_run(data: Path, models: str = "models", kind: str = "regress", **others: Any) -> Run:
+    """Return a run of eight steps of the tiny preset."""
+    settings = {"steps": 8, "batch": 4, "lr": 2e-3, "ema": 0.9, "every": 100} | others
+    return Run(kind, data, data.parent / models, "squares", "tiny", **settings)
+
+
+def trained(run: Run, stop: Callable[[], bool] = lambda: False) -> Witness:
+    """Train, and return what was told."""
+    witness = Witness()
+    run_training(run, witness, stop)
+    return witness
+
+
+def state_of(run: Run) -> dict[str, Tensor]:
+    """Return the weights, the averaged weights and Adam's moments that a run left behind."""
+    return read_tensors(resume_path(run))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "segment"])
+def test_a_resumed_run_equals_an_uninterrupted_one(squares: Path, kind: str) -> None:
+    whole, parts = (a_run(squares, name, kind) for name in ("whole", "parts"))
+    told = trained(whole)
+    assert [step for step, _ in told.steps] == list(range(1, 9))
+    first = trained(replace(parts, steps=3))
+    second = trained(replace(parts, every=3))
+    assert [*first.steps, *second.steps] == told.steps
+    assert second.budgets[0].done == 3
+    states = state_of(whole), state_of(parts)
+    assert same(*states)
+    assert {name.split(".")[0] for name in states[0]} == {"net", "ema", "adam"}
+    assert {name.split(".")[2] for name in states[0] if name.startswith("adam.")} == {"step", "exp_avg", "exp_avg_sq"}
+    models = [load_model(run.path).state_dict() for run in (whole, parts)]
+    assert same(*models)
+    assert all(torch.equal(models[0][name], states[0][f"ema.{name}"]) for name in models[0])
+
+
+def test_a_stopped_run_saves_and_goes_on(squares: Path) -> None:
+    whole, parts = a_run(squares, "whole"), a_run(squares, "parts")
+    trained(whole)
+    witness = Witness()
+    reached = run_training(parts, witness, lambda: len(witness.steps) == 2)
+    assert reached == 2
+    assert read_about(resume_path(parts))["step"] == 2
+    assert witness.files == [parts.path, parts.path.with_suffix(".png")]
+    assert describe(parts.path).card.training["step"] == 2
+    trained(parts)
+    assert same(state_of(whole), state_of(parts))
+
+
+def test_a_run_stopped_before_its_first_step_leaves_nothing(squares: Path) -> None:
+    run = a_run(squares)
+    assert run_training(run, Witness(), lambda: True) == 0
+    assert not run.models.exists()
+
+
+def test_more_steps_may_follow(squares: Path) -> None:
+    whole, parts = a_run(squares, "whole", steps=6), a_run(squares, "parts", steps=4)
+    trained(whole)
+    trained(parts)
+    trained(replace(parts, steps=6, every=1, command="again"))
+    assert same(state_of(whole), state_of(parts))
+
+
+def test_a_finished_run_is_left_alone(squares: Path) -> None:
+    run = a_run(squares, steps=2)
+    trained(run)
+    before = run.path.stat().st_mtime_ns
+    again = trained(run)
+    assert (again.steps, again.files, again.budgets[0].done) == ([], [], 2)
+    assert run.path.stat().st_mtime_ns == before
+
+
+def test_every_checkpoint_is_written_once(squares: Path) -> None:
+    run = a_run(squares, steps=4, every=2)
+    assert trained(run).files == [run.path, run.path.with_suffix(".png")] * 2
+    with Picture.open(run.path.with_suffix(".png")) as sheet:
+        assert sheet.format == "PNG"
+
+
+def test_a_run_killed_between_model_and_state_walks_the_same_way(
+    squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model of step 4 is there, the state still that of step 2: what was in between is walked again."""
+    whole, parts = a_run(squares, "whole", every=2), a_run(squares, "parts", every=2)
+    trained(whole)
+    saved = train.save
+
+    def killed(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        if about.get("step") == 4:
+            raise KeyboardInterrupt
+        saved(path, tensors, about)
+
+    monkeypatch.setattr(train, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(parts)
+    assert describe(parts.path).card.training["step"] == 4
+    assert read_about(resume_path(parts))["step"] == 2
+    monkeypatch.setattr(train, "save", saved)
+    trained(parts)
+    assert same(state_of(whole), state_of(parts))
+
+
+def test_networks_that_draw_on_their_own_resume_exactly(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout and the statistics of a batch norm: a plugin may bring both."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.BatchNorm2d(1), nn.Dropout(0.5), nn.Flatten(), nn.Linear(256, 8), nn.Dropout(0.5), nn.Linear(8, 1)
+            )
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.layers(x)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr("knife.train.Card.build", lambda card: Noisy())
+    whole, parts = a_run(squares, "whole"), a_run(squares, "parts")
+    trained(whole)
+    trained(replace(parts, steps=3))
+    torch.manual_seed(1234)
+    trained(parts)
+    assert same(state_of(whole), state_of(parts))
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"lr": 1e-3}, "lr: 0.002 then, 0.001 now"),
+        ({"batch": 8, "seed": 1}, "batch: 4 then, 8 now; seed: 0 then, 1 now"),
+        ({"schedule": "cosine"}, "schedule: linear then, cosine now"),
+        ({"label": "side"}, "label: None then, side now"),
+    ],
+)
+def test_changed_settings_are_refused_with_the_difference(squares: Path, changed: dict[str, Any], said: str) -> None:
+    run = a_run(squares, steps=1)
+    trained(run)
+    before = resume_path(run).read_bytes()
+    with pytest.raises(SettingsError) as refusal:
+        trained(replace(run, **changed))
+    assert f"({said})" in str(refusal.value)
+    assert str(resume_path(run)) in str(refusal.value)
+    assert resume_path(run).read_bytes() == before
+
+
+def test_changed_data_are_refused_with_counts(squares: Path) -> None:
+    run = a_run(squares, steps=1)
+    trained(run)
+    (squares / "images/00.png").write_bytes((squares / "images/01.png").read_bytes())
+    lines = (squares / "manifest.csv").read_text().splitlines()
+    added = [lines[2].replace("images/01.png", f"images/../images/0{i}.png") for i in (1, 2)]
+    (squares / "manifest.csv").write_text("\n".join([*lines[:-3], *added, *lines[-1:]]))
+    with pytest.raises(SettingsError, match=r"data: 2 images added, 2 removed, 1 changed since"):
+        trained(run)
+
+
+def test_a_run_of_before_the_inventory_is_compared_by_its_fingerprint(squares: Path) -> None:
+    """A state written by the first knife has no `files`, `skipped` or `seconds`."""
+    run = a_run(squares, steps=1)
+    trained(run)
+    about = {k: v for k, v in read_about(resume_path(run)).items() if k in ("settings", "step")}
+    train.save(resume_path(run), state_of(run), about)
+    assert trained(replace(run, steps=2)).budgets[0].done == 1
+    train.save(resume_path(run), state_of(run), about)
+    (squares / "images/00.png").write_bytes((squares / "images/00.png").read_bytes() + b"\0")
+    with pytest.raises(SettingsError, match="data: names, values or sizes"):
+        trained(run)
+
+
+def torn(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+
+
+@pytest.mark.parametrize("harm", [torn, flipped, lambda _: b"", lambda _: b"garbage" * 50])
+def test_a_damaged_state_is_refused_by_name_and_kept(squares: Path, harm: Callable[[bytes], bytes]) -> None:
+    run = a_run(squares, steps=1)
+    trained(run)
+    harmed = harm(resume_path(run).read_bytes())
+    resume_path(run).write_bytes(harmed)
+    with pytest.raises(ModelError) as refusal:
+        trained(replace(run, steps=2))
+    assert str(resume_path(run)) in str(refusal.value)
+    assert resume_path(run).read_bytes() == harmed
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{}, {"settings": []}, {"settings": None, "step": 1}, {"settings": {}, "step": 1}, "same but no step", "other net"],
+)
+def test_a_state_of_something_else_is_refused_by_name(squares: Path, about: Any) -> None:
+    run = a_run(squares, steps=1)
+    trained(run)
+    known = read_about(resume_path(run))
+    tensors = state_of(run)
+    if about == "same but no step":
+        about = {"settings": known["settings"]}
+    elif about == "other net":
+        about, tensors = known, {**tensors, "net.head.weight": torch.zeros(7)}
+    train.save(resume_path(run), tensors, about)
+    with pytest.raises(ModelError, match=r"regress\.resume\.safetensors"):
+        trained(run)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"batch": 0}, "--batch-size 0"),
+        ({"every": 0}, "--every 0"),
+        ({"accumulate": 5}, "--accumulate 5"),
+        ({"accumulate": 0}, "--accumulate 0"),
+        ({"lr": 0.0}, "--lr 0"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"ema": 1.0}, "--ema 1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"seed": 2**64}, "--seed"),
+        ({"dataset": "../elsewhere"}, "--dataset"),
+        ({"dataset": ""}, "--dataset"),
+        ({"dataset": ".."}, "--dataset"),
+    ],
+)
+def test_impossible_values_are_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    run = a_run(tmp_path)
+    with pytest.raises(SettingsError) as refusal:
+        replace(run, **values)
+    assert said in str(refusal.value)
+
+
+def test_unusable_data_tasks_and_presets_are_refused_and_nothing_is_written(squares: Path) -> None:
+    run = a_run(squares)
+    for wrong, error in (
+        (replace(run, data=squares / "gone"), InputError),
+        (replace(run, kind="fly"), TaskError),
+        (replace(run, preset="huge"), SettingsError),
+        (replace(run, schedule="bent"), SettingsError),
+        (replace(run, label="colour"), InputError),
+    ):
+        with pytest.raises(error):
+            trained(wrong)
+    assert not run.models.exists()
+
+
+def test_too_few_images_are_refused(tmp_path: Path) -> None:
+    root = write_squares(tmp_path / "one", count=2)
+    (root / "images/01.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"too few images to train on, 1 \(.*01\.png"):
+        trained(a_run(root, kind="diffusion"))
+
+
+def test_models_that_cannot_be_written_are_refused_before_the_first_step(squares: Path) -> None:
+    run = a_run(squares)
+    run.models.write_text("a file in the way")
+    witness = Witness()
+    with pytest.raises(ModelError, match="models cannot be written to"):
+        run_training(run, witness)
+    assert not witness.steps
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
+    squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**18}))
+    with pytest.raises(ModelError, match=r"has 0 MiB free, and checkpoints need 1"):
+        trained(a_run(squares))
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(squares, steps=2)
+    trained(run)
+    before = {path.name: path.read_bytes() for path in run.path.parent.iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(KnifeError, match="No space left on device"):
+        trained(replace(run, steps=3))
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in run.path.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "accumulate", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            1,
+            "a batch of 4 in parts of 4 does not fit into memory; split it by --accumulate 2",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 4, "choose a smaller --preset"),
+    ],
+)
+def test_too_little_memory_is_said(
+    squares: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, accumulate: int, said: str
+) -> None:
+    def fail(*arguments: object) -> float:
+        raise error
+
+    monkeypatch.setattr(train, "backward", fail)
+    with pytest.raises(DeviceError) as refusal:
+        trained(a_run(squares, accumulate=accumulate))
+    assert said in str(refusal.value)
+
+
+def test_other_failures_are_not_taken_for_memory(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> float:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train, "backward", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        trained(a_run(squares))
+
+
+# ----------------------------------------------------------------------------------------------------------- not finite
+
+
+def break_loss(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool], value: float = float("nan")) -> None:
+    """Let the loss of some steps be not finite; the copy that is timed does not count."""
+    backward = train.backward
+
+    def sometimes(net: nn.Module, step: int, job: train.Job) -> float:
+        loss = backward(net, step, job)
+        if broken(step):
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, value)
+            return loss if value == float("inf") else value
+        return loss
+
+    monkeypatch.setattr(train, "backward", sometimes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])  # inf: the loss is finite, its gradient is not
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    squares: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    whole, parts = a_run(squares, "whole", every=2), a_run(squares, "parts")
+    break_loss(monkeypatch, lambda step: step in (2, 3, 5), value)
+    trained(whole)
+    assert all(tensor.isfinite().all() for tensor in state_of(whole).values())
+    assert state_of(whole)["adam.0.step"] == 5
+    about = read_about(resume_path(whole))
+    assert (about["step"], about["skipped"]) == (8, 3)
+    assert describe(whole.path).card.training["skipped"] == 3
+    trained(replace(parts, steps=4))
+    trained(parts)
+    assert same(state_of(whole), state_of(parts))
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(squares, steps=40, every=2)
+    break_loss(monkeypatch, lambda step: step >= 5)
+    with pytest.raises(
+        SettingsError, match=r"not finite in 10 steps in a row, up to step 15; give an --lr below 0\.002"
+    ):
+        trained(run)
+    assert all(tensor.isfinite().all() for tensor in state_of(run).values())
+    load_model(run.path)
+
+
+def test_weights_that_are_not_finite_are_never_saved(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(squares, steps=2)
+    trained(run)
+    before = run.path.read_bytes(), resume_path(run).read_bytes()
+    step = train.train_step
+
+    def spoiled(state: train.State, job: train.Job) -> float:
+        loss = step(state, job)
+        with torch.no_grad():
+            next(state.net.parameters()).view(-1)[0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(train, "train_step", spoiled)
+    with pytest.raises(SettingsError, match="weights are not finite after step 3"):
+        trained(replace(run, steps=3))
+    assert (run.path.read_bytes(), resume_path(run).read_bytes()) == before
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "regress", "classify", "segment"])
+def test_the_loss_falls(squares: Path, kind: str) -> None:
+    run = a_run(squares, kind=kind, steps=60, batch=8, lr=5e-3)
+    losses = [loss for _, loss in trained(run).steps]
+    assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "regress", "segment"])
+@pytest.mark.parametrize("accumulate", [2, 3, 7])
+def test_parts_of_a_batch_add_up_to_the_batch(squares: Path, kind: str, accumulate: int) -> None:
+    run = a_run(squares, kind=kind, batch=7)
+    job = train.prepare(run, Witness())
+    net = train.start(job).net.double()
+    job = replace(job, examples=[(x.double(), y.double()) for x, y in job.examples])
+    whole, parts = [], []
+    for found, one in ((whole, job), (parts, replace(job, run=replace(run, accumulate=accumulate)))):
+        net.zero_grad()
+        found.append(torch.tensor(train.backward(net, 3, one)))
+        found += [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    assert len(whole) == len(parts) > 10
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(20, 4), (20, 7), (5, 12), (2, 1), (3, 3)])
+def test_every_epoch_shows_each_image_once(tmp_path: Path, count: int, batch: int) -> None:
+    run = a_run(tmp_path, batch=batch)
+    seen = [i for step in range(3 * count) for i in batch_of(step, run, count)]
+    epochs = [seen[i : i + count] for i in range(0, len(seen) - count + 1, count)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert batch_of(5, run, count) == batch_of(5, run, count)
+
+
+def test_noise_levels_and_noise_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
+    run, x0 = a_run(tmp_path), torch.zeros(4000, 1, 2, 2)
+    level, eps = train.draw(run, 3, x0, 10)
+    assert (int(level.min()), int(level.max())) == (1, 10)
+    assert torch.bincount(level, minlength=11)[1:].float().std() < 40
+    assert float(eps.std()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(train.draw(run, 3, x0, 10)[1], eps)
+    assert not torch.equal(train.draw(run, 4, x0, 10)[1], eps)
+    assert not torch.equal(train.draw(replace(run, seed=1), 3, x0, 10)[1], eps)
+
+
+def test_a_task_sees_images_noised_to_every_level(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = train.prepare(a_run(squares), Witness())
+    assert job.task is not None
+    seen: dict[str, Tensor] = {}
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            seen.update(x=x, t=t)
+            return x.flatten(1)[:, :1]
+
+    x0, label = train.stacked(job.examples[:3])
+    eps, level = torch.randn(x0.shape), torch.tensor([1, 500, 1000])
+    loss = train.loss_of(job.task, Schedule())(Net(), x0, label, level, eps)
+    ab = Schedule().alpha_bar[level].view(-1, 1, 1, 1)
+    assert seen["t"].tolist() == [0, 499, 999]
+    torch.testing.assert_close(seen["x"], (ab.sqrt() * x0 + (1 - ab).sqrt() * eps).float())
+    torch.testing.assert_close(loss, F.mse_loss(seen["x"].flatten(1)[:, 0], label))
+
+
+def test_the_average_forgets_the_random_start_and_then_decays(squares: Path) -> None:
+    state = train.start(train.prepare(a_run(squares, ema=0.5), Witness()))
+    (own, *_), (averaged, *_) = state.net.parameters(), state.ema.module.parameters()
+    values = []
+    with torch.no_grad():
+        for value in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0):
+            own.fill_(value)
+            state.ema.update_parameters(state.net)
+            values.append(float(averaged.view(-1)[0]))
+    expected = values[0]
+    assert expected == 1.0
+    for count, value in enumerate([2.0**i for i in range(1, 11)], start=1):
+        decay = min(0.5, (1 + count) / (10 + count))
+        expected = decay * expected + (1 - decay) * value
+        assert values[count] == pytest.approx(expected, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- the record
+
+
+def test_the_budget_says_what_will_be_done(squares: Path) -> None:
+    (squares / "images/07.png").write_text("no picture")
+    witness = trained(a_run(squares, steps=1))
+    (budget,) = witness.budgets
+    assert (budget.images, budget.layout, budget.done, budget.steps, budget.device) == (19, "manifest", 0, 1, "cpu")
+    assert list(budget.skipped) == ["images/07.png"]
+    assert budget.why == "manifest.csv with bulk, side"
+    assert budget.validation == "4 images set apart"
+    assert budget.config["label"] == "side"
+    assert budget.seconds_a_step > 0
+    assert budget.parameters == sum(p.numel() for p in load_model(a_run(squares).path).parameters())
+    assert witness.loaded[-1] == (24, 24)
+    assert witness.loaded == sorted(witness.loaded)
+
+
+def test_without_images_set_apart_the_training_images_serve(squares: Path) -> None:
+    manifest = squares / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace(",val", ",train"))
+    assert "training images" in trained(a_run(squares, steps=1)).budgets[0].validation
+
+
+def test_labels_that_only_validation_has_are_skipped(squares: Path) -> None:
+    manifest = squares / "manifest.csv"
+    lines = manifest.read_text().splitlines()
+    lines[6] = lines[6].replace(",7,val", ",99,val")
+    manifest.write_text("\n".join(lines))
+    (budget,) = trained(a_run(squares, kind="classify", label="side", steps=1)).budgets
+    assert budget.validation == "3 images set apart"
+    assert "'99'" in budget.skipped["images/05.png"]
+
+
+def test_the_card_tells_where_the_model_comes_from(squares: Path) -> None:
+    run = a_run(squares, steps=2, command="knife train regress --data squares")
+    trained(run)
+    first = describe(run.path).card
+    assert (first.kind, first.dataset, first.schedule) == ("regress", "squares", Schedule())
+    assert first.spec.channels == ("grey",)
+    assert (first.config["label"], first.config["low"], first.config["high"]) == ("side", 2, 10)
+    assert first.guidance["gradient"] > 0
+    record = first.training
+    assert (record["step"], record["images"], record["layout"]) == (2, 20, "manifest")
+    assert record["command"] == run.command
+    assert record["settings"] == {**run.settings(), "data": record["settings"]["data"]}
+    assert not {"command", "steps", "device"} & set(record["settings"])
+    assert record["loss"] > 0
+    assert record["torch"] == torch.__version__
+    trained(replace(run, steps=4))
+    assert describe(run.path).card.training["seconds"] > record["seconds"] > 0
+
+
+def test_the_log_goes_on_where_the_state_does(squares: Path) -> None:
+    run = a_run(squares, steps=45, every=1000)
+    trained(run)
+    log = run.path.with_suffix(".log.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40]
+    log.write_text(log.read_text() + json.dumps({"step": 60, "loss": 0.0}) + "\n")  # of a run that was killed
+    witness = trained(replace(run, steps=65))
+    again = [json.loads(line) for line in log.read_text().splitlines()]
+    assert again[:2] == lines
+    assert [line["step"] for line in again] == [20, 40, 60]
+    assert again[2]["loss"] == pytest.approx(sum(loss for _, loss in witness.steps[:15]) / 15, abs=1e-6)
+    assert again[2]["images_per_second"] > 0
+
+
+def test_skipped_steps_stand_in_the_log_and_not_in_its_mean(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_loss(monkeypatch, lambda step: step in (3, 4))
+    run = a_run(squares, steps=20)
+    losses = [loss for step, loss in trained(run).steps if step not in (4, 5)]
+    (line,) = [json.loads(line) for line in run.path.with_suffix(".log.jsonl").read_text().splitlines()]
+    assert line["skipped"] == 2
+    assert line["loss"] == pytest.approx(sum(losses) / 18, abs=1e-6)
+
+
+def test_a_torn_log_does_not_stop_a_run(squares: Path) -> None:
+    run = a_run(squares, steps=1)
+    trained(run)
+    run.path.with_suffix(".log.jsonl").write_text('{"step": 1}\n{"ste')
+    assert trained(replace(run, steps=2)).steps
+
+
+def test_tensorboard_is_asked_for_before_the_data_are_read(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    witness = Witness()
+    with pytest.raises(SettingsError, match=r"pip install 'knife-diffusion\[tensorboard\]'"):
+        run_training(a_run(squares, tensorboard=True), witness)
+    assert not witness.loaded
+
+
+def test_tensorboard_gets_what_the_log_gets(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            told.append((name, step))
+
+        def close(self) -> None:
+            told.append(("closed",))
+
+    fake = ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    run = a_run(squares, steps=20, tensorboard=True)
+    trained(run)
+    folder = str(run.path.parent / "tensorboard" / "regress")
+    assert told == [(folder, 1), ("loss", 20), ("images_per_second", 20), ("closed",)]
+
+
+def test_a_task_whose_labels_differ_in_shape_is_refused(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knife.tasks.Task.label", lambda task, case, config: torch.zeros(int(case.name[7:9])))
+    with pytest.raises(TaskError, match=r"task regress: its hook label returned tensors of shapes \(0,\), \(1,\)"):
+        trained(a_run(squares))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["diffusion", "segment"])
+def test_a_gpu_trains_and_resumes(squares: Path, kind: str) -> None:
+    run = a_run(squares, kind=kind, steps=40, batch=8, lr=5e-3, device="cuda:0")
+    losses = [loss for _, loss in trained(run).steps]
+    more = trained(replace(run, steps=60))
+    losses += [loss for _, loss in more.steps]
+    assert more.budgets[0].done == 40
+    assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
+    assert next(load_model(run.path).parameters()).device.type == "cpu"

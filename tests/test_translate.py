@@ -1,0 +1,645 @@
+"""Translation: the right models, the right files, complete records, and refusals that leave nothing behind."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import CHANNELS, SCHEDULE, SIZE, TINY, store
+
+import knife
+from knife import ops
+from knife import translate as module
+from knife.checkpoint import Card, describe, digest, load, read_tensors, save
+from knife.errors import DeviceError, InputError, KnifeError, ModelError, SettingsError, TargetError, TaskError
+from knife.image import MARK, read
+from knife.phantom import phantom, write_nifti
+from knife.schedule import Schedule
+from knife.spec import ImageSpec
+from knife.tasks import task
+from knife.translate import Settings, expand, target_word, translate
+
+FEW = Settings(noise_level=10, steps=5)
+
+
+@pytest.fixture
+def quick(models):
+    """Translate with the tiny models and few steps."""
+
+    def run(*arguments, **options):
+        return translate(*arguments, **{"models": models, "settings": FEW, **options})
+
+    return run
+
+
+@pytest.fixture
+def own(models, tmp_path):
+    """Copy the tiny models of brains, to be tampered with."""
+    return Path(shutil.copytree(models / "brain", tmp_path / "own" / "brain")).parent
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Fail if an image is about to be encoded."""
+
+    def refuse(*arguments):
+        raise AssertionError("a network was called")
+
+    monkeypatch.setattr(module, "encode", refuse)
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def edited(path: Path, **changes: object) -> None:
+    """Store a model again with another card."""
+    save(path, read_tensors(path), replace(describe(path).card, **changes).to_json())
+
+
+# ---------------------------------------------------------------------------------------------------------- what it does
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "number", "sign"),
+    [
+        ("regress", "0.3", "value", 1), ("regress", "0", "value", -1), ("regress", "+", "value", 1),
+        ("regress", "-", "value", -1), ("classify", "healthy", "p(healthy)", 1),
+        ("classify", "diseased", "p(healthy)", -1), ("segment", "mask.nii", "dice", 1),
+    ],
+)  # fmt: skip
+def test_the_prediction_moves_towards_the_target(quick, images, kind, target, number, sign):
+    wanted = str(images / target) if kind == "segment" else target
+    ((guided,), (unguided,)) = (
+        quick(images / "slice.nii", kind, wanted, settings=replace(FEW, strength=s)) for s in (0.3, 0.0)
+    )
+    assert sign * (guided.record["after"][number] - unguided.record["after"][number]) > 0
+    assert guided.record["before"] == unguided.record["before"]
+
+
+def test_without_guidance_the_target_does_not_matter(quick, images):
+    zero = replace(FEW, scale=0.0)
+    more, less = (quick(images / "slice.nii", "regress", target, settings=zero)[0] for target in "+-")
+    assert torch.equal(more.change, less.change)
+
+
+def test_the_result_is_the_input_plus_the_change(quick, images):
+    (done,) = quick(images / "slice.nii", "regress", "0.3")
+    assert done.change.shape == (4, *SIZE)
+    assert done.change.abs().max() > 0.01
+    assert torch.equal(done.result.pixels, done.source.plus(done.change, (-1.0, 1.0)).pixels)
+    background = (done.source.pixels == 0).all(0)
+    assert background.any()
+    assert not done.result.pixels[:, background].any()
+
+
+def test_the_package_offers_it_though_a_module_has_its_name(images, models):
+    for _ in range(2):
+        (done,) = knife.translate(images / "slice.nii", "regress", "0.3", models=models, settings=FEW)
+        assert done.record["task"] == "regress"
+
+
+def test_a_batch_gives_what_single_images_give(quick, images, tmp_path):
+    for i in range(5):
+        write_nifti(tmp_path / f"{i}.nii", phantom(i, size=32, seed=1).pixels)
+    places = [tmp_path / f"{i}.nii" for i in (3, 1, 4, 0, 2)]
+    single, three, eight = (
+        quick(places, "classify", "healthy", settings=replace(FEW, batch_size=size)) for size in (1, 3, 8)
+    )
+    for one, some, all_ in zip(single, three, eight, strict=True):
+        assert torch.allclose(one.change, some.change, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(one.change, all_.change, rtol=1e-4, atol=1e-5)
+    assert [t.source.source.paths[0] for t in eight] == places
+    assert not torch.allclose(eight[0].change, eight[1].change, atol=1e-3)
+
+
+def test_progress_counts_every_step_of_every_batch(quick, images):
+    heard = []
+    quick(
+        [images / "slice.nii"] * 3,
+        "regress",
+        "0.3",
+        settings=replace(FEW, batch_size=2),
+        started=lambda about: heard.append(about["images"]),
+        progress=lambda done, total: heard.append((done, total)),
+    )
+    assert heard == [3, *[(done, 20) for done in range(1, 21)]]
+
+
+def test_clamping_keeps_the_result_within_the_value_range(quick, images):
+    strong = replace(FEW, strength=3.0)
+    free, kept = (
+        quick(images / "slice.nii", "regress", "+", settings=replace(strong, clamp=clamp))[0]
+        for clamp in (False, True)
+    )
+    start = free.source.normalised(SIZE, (-1, 1))
+    assert (start + free.change).abs().max() > 1.1
+    assert (start + kept.change).abs().max() < 1 + 1e-5
+    assert kept.record["settings"]["clamp"] is True
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_nifti_comes_back_as_nifti_in_the_same_place(quick, images, tmp_path):
+    (done,) = quick(images / "slice.nii", "regress", "0.3", out=tmp_path / "out")
+    before, after = (nibabel.load(path) for path in (images / "slice.nii", done.files.image))
+    assert after.shape == before.shape == (32, 32, 1, 4)
+    assert np.array_equal(after.affine, before.affine)
+    assert after.header["qform_code"] == before.header["qform_code"]
+    assert MARK in str(after.header["descrip"])
+    assert torch.equal(read(done.files.image).pixels, done.result.pixels)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_the_files_of_a_result(quick, images, tmp_path, suffix):
+    image = nibabel.load(images / "slice.nii")
+    nibabel.save(image, tmp_path / f"x{suffix}")
+    (done,) = quick(tmp_path / f"x{suffix}", "regress", "0.3", out=tmp_path / "out")
+    names = [f"x_regress_0.3{suffix}", f"x_regress_0.3_difference{suffix}", "x_regress_0.3_panel.png"]
+    assert [file.name for file in done.files] == [*names, "x_regress_0.3.json"]
+    assert written(tmp_path / "out") == sorted(file.name for file in done.files)
+
+
+def test_the_difference_map_is_the_sum_over_channels(quick, images, tmp_path):
+    (done,) = quick(images / "slice.nii", "regress", "0.3", out=tmp_path)
+    wanted = (done.result.pixels - done.source.pixels).abs().sum(0)
+    assert torch.allclose(read(done.files.difference).pixels[0], wanted, atol=1e-6)
+    assert done.record["difference_peak"] == pytest.approx(float(wanted.max()))
+    assert "intensities of the file" in done.record["difference"]
+
+
+def test_four_files_become_four_files(quick, images, tmp_path):
+    (joined,) = quick(images / "slice.nii", "regress", "0.3")
+    (done,) = quick(images / "case", "regress", "0.3", out=tmp_path)
+    assert done.files.image == tmp_path / "case_regress_0.3"
+    names = [f"case_{name}.nii.gz" for name in CHANNELS["brain"]]
+    assert written(done.files.image) == sorted(names)
+    assert done.files.difference == tmp_path / "case_regress_0.3_difference.nii.gz"
+    assert read(done.files.difference).pixels.shape == (1, 32, 32)
+    assert torch.allclose(done.result.pixels, joined.result.pixels, atol=1e-6)
+    assert torch.equal(read(done.files.image).pixels, done.result.pixels)
+    assert done.record["input"] == names
+    assert done.record["channels"] == joined.record["channels"] == ["t1", "t1ce", "t2", "flair"]
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [(".png", "RGB"), (".jpg", "RGB"), (".tif", "RGB"), (".png", "RGBA")])
+def test_pictures_come_back_as_pictures(quick, images, tmp_path, suffix, mode):
+    PIL.Image.open(images / "face.png").convert(mode).resize((40, 24)).save(tmp_path / f"x{suffix}")
+    (done,) = quick(tmp_path / f"x{suffix}", "regress", "0.3", out=tmp_path / "out")
+    with PIL.Image.open(done.files.image) as picture, PIL.Image.open(done.files.difference) as difference:
+        assert (picture.size, picture.mode) == ((40, 24), mode)
+        assert (difference.size, difference.format) == ((40, 24), "PNG")
+        grey = torch.from_numpy(np.asarray(difference)[..., 0].copy())
+    change = (done.result.pixels - done.source.pixels).abs().sum(0)
+    assert torch.equal(grey, (change / change.max() * 255).round().byte())
+    assert done.record["difference_peak"] == float(change.max()) > 0
+    assert f"white is {float(change.max()):g}" in done.record["difference"]
+    assert done.record["channels"] == ["r", "g", "b"]
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_images_of_any_size_come_back_in_their_own(quick, tmp_path, size):
+    write_nifti(tmp_path / "x.nii", phantom(0, size=size).pixels)
+    (done,) = quick(tmp_path / "x.nii", "regress", "0.3", out=tmp_path / "out")
+    assert done.result.pixels.shape == (4, size, size)
+    assert done.change.shape == (4, *SIZE)
+
+
+def test_a_grey_tiff_of_floats(own, tmp_path):
+    for kind in ("diffusion", "regress"):
+        card = describe(own / "brain" / f"{kind}.safetensors").card
+        store(own, replace(card, dataset="grey", spec=ImageSpec(("grey",), SIZE, TINY, TINY)))
+    picture = PIL.Image.fromarray(phantom(0, size=32).pixels[0] * 1000)
+    picture.save(tmp_path / "x.tif")
+    (done,) = translate(tmp_path / "x.tif", "regress", "0.3", models=own, settings=FEW, out=tmp_path / "out")
+    with PIL.Image.open(done.files.image) as result, PIL.Image.open(done.files.difference) as difference:
+        assert (result.mode, difference.mode) == ("F", "RGB")
+
+
+def test_the_panel_shows_the_mask(quick, images, tmp_path):
+    mask = images / "mask.nii"
+    for kind, target, red in (("segment", str(mask), True), ("regress", "0.3", False)):
+        (done,) = quick(images / "healthy.nii", kind, target, out=tmp_path)
+        with PIL.Image.open(done.files.panel) as picture:
+            assert MARK in picture.text["Comment"]
+            assert (np.asarray(picture) == (255, 64, 64)).all(2).any() == red
+
+
+def test_outputs_of_the_same_name_are_numbered(quick, images, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(images / "slice.nii", tmp_path / folder / "x.nii")
+    shutil.copy(images / "slice.nii", tmp_path / "a" / "X.nii")
+    places = [tmp_path / "a" / "x.nii", tmp_path / "b" / "x.nii", tmp_path / "a" / "X.nii"]
+    done = quick(places, "regress", "+", out=tmp_path / "out")
+    names = ["x_regress_more", "x_regress_more_2", "X_regress_more_3"]
+    assert [t.files.image.stem for t in done] == names
+    assert len(written(tmp_path / "out")) == 12
+
+
+@pytest.mark.parametrize("name", ["[red]x", "x\x1b[31m", "x\ny", "-x", "x" * 240, "é\udcff", "x y;$(z)"])
+def test_odd_names(quick, images, tmp_path, name):
+    shutil.copy(images / "slice.nii", tmp_path / f"{name}.nii")
+    (done,) = quick(tmp_path / f"{name}.nii", "regress", "0.3", out=tmp_path / "out")
+    assert done.files.image.name.isprintable()
+    assert json.loads(done.files.record.read_text())["input"] == [f"{name}.nii"]
+    assert len(written(tmp_path / "out")) == 4
+
+
+def test_a_second_run_replaces_the_results_of_the_first(quick, images, tmp_path):
+    (first,) = quick(images / "slice.nii", "regress", "0.3", out=tmp_path)
+    (second,) = quick(images / "slice.nii", "regress", "0.3", out=tmp_path, settings=replace(FEW, steps=4))
+    assert len(written(tmp_path)) == 4
+    assert torch.equal(read(first.files.image).pixels, second.result.pixels)
+
+
+@pytest.mark.parametrize(
+    ("target", "word"),
+    [
+        ("0.3", "0.3"), ("+", "more"), ("-", "less"), ("-0.5", "-0.5"), ("mask.nii", "mask"), ("m.NII.GZ", "m"),
+        ("a/b", "a-b"), ("x" * 99, "x" * 40), ("../no/x", "..-no-x"), ("", ""),
+    ],
+)  # fmt: skip
+def test_the_word_for_a_target(target, word):
+    assert target_word(target) == word
+
+
+# --------------------------------------------------------------------------------------------------------------- records
+
+
+def test_the_record_says_all_that_was_done(quick, images, models, tmp_path):
+    (done,) = quick(images / "healthy.nii", "segment", str(images / "mask.nii"), out=tmp_path)
+    record = json.loads(done.files.record.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert record == done.record
+    steepness = describe(models / "brain" / "segment.safetensors").card.guidance["gradient"]
+    assert record["settings"] == {
+        "noise_level": 10, "steps": 5, "scale": 0.3 / steepness, "strength": 0.3, "batch_size": 8, "clamp": False,
+    }  # fmt: skip
+    hashes = [digest(models / "brain" / f"{kind}.safetensors") for kind in ("diffusion", "segment")]
+    assert [(m["dataset"], m["sha256"], m["shipped"]) for m in record["models"]] == [("brain", h, False) for h in hashes]
+    assert (record["task"], record["target"], record["input"]) == ("segment", "mask.nii", ["healthy.nii"])
+    assert record["files"] == [file.name for file in done.files]
+    assert (record["knife"], record["torch"], record["ops"]) == (
+        knife.__version__,
+        torch.__version__,
+        ops.status().path,
+    )
+    assert record["device"].startswith("cpu: ")
+    assert "not for diagnosis" in record["synthetic"]
+    assert record["seconds"] > 0
+
+
+def test_the_record_says_what_the_guide_saw(quick, images, models):
+    (done,) = quick(images / "slice.nii", "regress", "0.3")
+    net, kind = load(describe(models / "brain" / "regress.safetensors")), task("regress")
+    config = describe(models / "brain" / "regress.safetensors").card.config
+    for when, image in (("before", done.source), ("after", done.result)):
+        x = image.normalised(SIZE, (-1, 1))[None]
+        seen = kind.evaluate(net, x, torch.zeros(1), done.target[None], config)["value"]
+        assert done.record[when]["value"] == pytest.approx(float(seen), rel=1e-4)
+    assert [seen["level"] for seen in done.record["along"]] == [10, 8, 6, 4, 2, 0]
+    assert all(np.isfinite(seen["value"]) for seen in done.record["along"])
+
+
+def test_a_long_walk_is_looked_at_about_ten_times(quick, images):
+    (done,) = quick(images / "slice.nii", "regress", "0.3", settings=Settings(noise_level=40, steps=40))
+    levels = [seen["level"] for seen in done.record["along"]]
+    assert levels[0] == 40
+    assert levels[-1] == 0
+    assert 10 <= len(levels) <= 12
+
+
+def test_nothing_written_tells_where_files_lie(quick, images, tmp_path):
+    quick(images / "healthy.nii", "segment", str(images / "mask.nii"), out=tmp_path)
+    for name in written(tmp_path):
+        assert str(images).encode() not in (tmp_path / name).read_bytes()
+
+
+def test_an_explicit_scale_is_used_and_its_strength_recorded(quick, images, models):
+    (done,) = quick(images / "slice.nii", "regress", "0.3", settings=replace(FEW, scale=5.0))
+    steepness = describe(models / "brain" / "regress.safetensors").card.guidance["gradient"]
+    assert done.record["settings"]["scale"] == 5.0
+    assert done.record["settings"]["strength"] == pytest.approx(5 * steepness)
+
+
+# --------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_stands_for_its_images_and_cases(quick, images, tmp_path):
+    shutil.copytree(images / "case", tmp_path / "in" / "patient")
+    shutil.copy(images / "slice.nii", tmp_path / "in" / "b.nii")
+    shutil.copy(images / "healthy.nii", tmp_path / "in" / "a.nii")
+    shutil.copy(images / "mask.nii", tmp_path / "in" / "a_mask.nii")
+    for name in (".hidden.nii", "notes.txt"):
+        (tmp_path / "in" / name).write_text("no image")
+    (tmp_path / "in" / "empty.nii").mkdir()
+    done = quick(tmp_path / "in", "regress", "0.3", out=tmp_path / "out")
+    assert [t.files.image.name for t in done] == ["a_regress_0.3.nii", "b_regress_0.3.nii", "case_regress_0.3"]
+
+
+def test_several_slices_of_one_case_in_one_folder(images, tmp_path):
+    for number in ("080", "081"):
+        for name in CHANNELS["brain"]:
+            shutil.copy(images / "case" / f"case_{name}.nii.gz", tmp_path / f"brats_001_{name}_{number}_w.nii.gz")
+        shutil.copy(images / "mask.nii", tmp_path / f"brats_001_seg_{number}_w.nii")
+    found = expand(tmp_path)
+    assert [[file.name for file in files] for files in found] == [
+        [f"brats_001_{name}_{number}_w.nii.gz" for name in CHANNELS["brain"]] for number in ("080", "081")
+    ]
+
+
+def test_an_incomplete_case_is_refused(quick, images, tmp_path):
+    for number in ("080", "081"):
+        for name in CHANNELS["brain"]:
+            shutil.copy(images / "case" / f"case_{name}.nii.gz", tmp_path / f"x_{name}_{number}.nii.gz")
+    (tmp_path / "x_t2_081.nii.gz").unlink()
+    with pytest.raises(InputError, match="x_081: lacks t2"):
+        quick(tmp_path, "regress", "0.3")
+
+
+def test_a_folder_with_another_kind_of_image_is_refused_by_its_name(quick, images, tmp_path, no_network):
+    shutil.copy(images / "slice.nii", tmp_path / "a.nii")
+    shutil.copy(images / "face.png", tmp_path / "b.png")
+    with pytest.raises(ModelError, match=r"b\.png: 3 channels, but .*brain was trained on 4 \(t1, t1ce, t2, flair\)"):
+        quick(tmp_path, "regress", "0.3", dataset="brain", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.fixture
+def shipped(models, monkeypatch, tmp_path):
+    """Put a copy of the tiny models in the place of the shipped ones."""
+    monkeypatch.setattr(module, "STARTER", Path(shutil.copytree(models, tmp_path / "starter")))
+    monkeypatch.chdir(tmp_path)
+
+
+def datasets(done):
+    return [(model["dataset"], model["shipped"]) for model in done[0].record["models"]]
+
+
+def test_models_that_fit_are_taken_before_the_shipped_ones(own, images, shipped):
+    done = translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+    assert datasets(done) == [("brain", False)] * 2
+
+
+@pytest.mark.parametrize("place", ["models", None])
+def test_without_models_the_shipped_ones_serve(images, shipped, place):
+    done = translate(images / "slice.nii", "regress", "0.3", models=place, settings=FEW)
+    assert datasets(done) == [("brain", True)] * 2
+
+
+def test_where_no_model_fits_or_has_the_task_the_shipped_ones_serve(own, images, shipped):
+    done = translate(images / "face.png", "regress", "0.3", models=own, settings=FEW)
+    assert datasets(done) == [("photo", True)] * 2
+    (own / "brain" / "regress.safetensors").unlink()
+    done = translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+    assert datasets(done) == [("brain", True)] * 2
+
+
+def test_several_that_fit_are_listed_and_dataset_chooses(own, images, no_network, monkeypatch):
+    shutil.copytree(own / "brain", own / "other")
+    with pytest.raises(ModelError, match=r"--dataset: several .* fit the images; give one of brain, other\."):
+        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+    monkeypatch.undo()
+    done = translate(images / "slice.nii", "regress", "0.3", models=own, dataset="other", settings=FEW)
+    assert done[0].record["models"][0]["sha256"] == digest(own / "other" / "diffusion.safetensors")
+
+
+def test_a_dataset_of_no_such_name(own, images, no_network):
+    with pytest.raises(ModelError, match="task regress: no trained models in .* under the name nothing; run"):
+        translate(images / "slice.nii", "regress", "0.3", models=own, dataset="nothing", settings=FEW)
+
+
+def test_a_folder_of_models_that_is_not_there(images, tmp_path):
+    with pytest.raises(ModelError, match="--models .*nowhere: no such folder"):
+        translate(images / "slice.nii", "regress", "0.3", models=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "regress"])
+def test_a_damaged_model_is_named_where_it_is_needed(own, images, shipped, kind):
+    (own / "brain" / f"{kind}.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match=rf"brain/{kind}\.safetensors: .*damaged"):
+        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+
+
+def test_a_damaged_model_does_no_harm_where_another_fits_or_it_is_not_needed(own, images):
+    shutil.copytree(own / "brain", own / "broken")
+    (own / "broken" / "diffusion.safetensors").write_bytes(b"damaged")
+    (own / "brain" / "segment.safetensors").write_bytes(b"damaged")
+    done = translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+    assert datasets(done) == [("brain", False)] * 2
+
+
+def test_weights_that_have_changed_are_refused(own, images, no_network, tmp_path):
+    path = own / "brain" / "diffusion.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=r"diffusion\.safetensors: .*checksum"):
+        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_guide_of_another_schedule_is_refused_with_the_difference(own, images, no_network):
+    edited(own / "brain" / "regress.safetensors", schedule=Schedule("cosine", 50))
+    with pytest.raises(ModelError, match="schedule cosine of 50 levels against linear of 50 levels"):
+        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+
+
+def test_a_guide_of_another_value_range_is_refused_with_the_difference(own, images, no_network):
+    path = own / "brain" / "regress.safetensors"
+    edited(path, spec=replace(describe(path).card.spec, value_range=(0.0, 1.0)))
+    with pytest.raises(ModelError, match=r"value range 0\.0 to 1\.0 against -1\.0 to 1\.0"):
+        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+
+
+def test_other_channels_of_the_same_number_are_refused(own, images, no_network):
+    for kind in ("diffusion", "regress"):
+        path = own / "brain" / f"{kind}.safetensors"
+        edited(path, spec=replace(describe(path).card.spec, channels=("t1", "t1ce", "t2", "pd")))
+    with pytest.raises(ModelError, match="its channels are t1, t1ce, t2, flair, but .* 4 .t1, t1ce, t2, pd."):
+        translate(images / "case", "regress", "0.3", models=own, settings=FEW)
+
+
+def test_channels_without_names_in_the_model_fit_any(own, images):
+    for kind in ("diffusion", "regress"):
+        path = own / "brain" / f"{kind}.safetensors"
+        edited(path, spec=replace(describe(path).card.spec, channels=("0", "1", "2", "3")))
+    (done,) = translate(images / "case", "regress", "0.3", models=own, settings=FEW)
+    assert done.record["channels"] == ["t1", "t1ce", "t2", "flair"]
+
+
+def test_a_guide_without_measured_steepness_needs_a_scale(own, images):
+    path = own / "brain" / "regress.safetensors"
+    edited(path, guidance={})
+    with pytest.raises(SettingsError, match=r"--scale: none was measured for brain/regress\.safetensors; give"):
+        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+    (done,) = translate(images / "slice.nii", "regress", "0.3", models=own, settings=replace(FEW, scale=2.0))
+    assert done.record["settings"]["scale"] == 2.0
+
+
+# -------------------------------------------------------------------------------------------------------------- refusals
+
+
+def nifti(path: Path, pixels: np.ndarray) -> Path:
+    write_nifti(path, pixels.astype(np.float32))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"noise_level": 0}, "--noise-level 0: give a level from 1 to 50"),
+        ({"noise_level": 51}, "--noise-level 51: give a level from 1 to 50"),
+        ({"steps": 0}, "--steps 0"),
+        ({"steps": 11}, "--steps 11: give 1 to 10"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"scale": float("nan")}, "--scale nan"),
+        ({"scale": -1.0}, "--scale -1"),
+        ({"strength": float("inf")}, "--strength inf"),
+    ],
+)
+def test_settings_that_are_refused(quick, images, tmp_path, no_network, changes, words):
+    with pytest.raises(SettingsError, match=words):
+        quick(images / "slice.nii", "regress", "0.3", out=tmp_path / "out", settings=replace(FEW, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "error", "words"),
+    [
+        ("nothing", "0.3", TaskError, "task nothing: no plugin"),
+        ("regress", "big", TargetError, "--target big: not a number"),
+        ("regress", "7", TargetError, "--target 7: outside"),
+        ("classify", "ill", TargetError, "--target ill: no such class; give one of diseased, healthy"),
+        ("segment", "nowhere.nii", InputError, "nowhere.nii: no such file"),
+        ("segment", "small.nii", InputError, "small.nii: the mask is 16 x 16, but .* is 32 x 32"),
+    ],
+)
+def test_tasks_and_targets_that_are_refused(quick, images, tmp_path, no_network, kind, target, error, words):
+    nifti(tmp_path / "small.nii", np.eye(16))
+    target = str(tmp_path / target) if kind == "segment" else target
+    with pytest.raises(error, match=words):
+        quick(images / "slice.nii", kind, target, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_refused(quick, images, tmp_path, no_network):
+    bad = {
+        "nan.nii": "NaN",
+        "flat.nii": "constant",
+        "text.png": "not a PNG",
+        "missing.nii": "no such file",
+        "three.nii": r"3 channels, but .* trained on 4",
+        "volume.nii": "a volume",
+    }
+    nifti(tmp_path / "nan.nii", np.full((4, 32, 32), np.nan))
+    nifti(tmp_path / "flat.nii", np.ones((4, 32, 32)))
+    (tmp_path / "text.png").write_text("no picture")
+    nifti(tmp_path / "three.nii", np.random.default_rng(0).random((3, 32, 32)))
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 9), np.float32), np.eye(4)), tmp_path / "volume.nii")
+    for name, words in bad.items():
+        with pytest.raises(KnifeError, match=rf"{name}: .*{words}"):
+            quick([images / "slice.nii", tmp_path / name], "regress", "0.3", dataset="brain", out=tmp_path / "out")
+    for nothing in ([], tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match="no image"):
+            quick(nothing, "regress", "0.3", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there(quick, images, tmp_path, no_network):
+    with pytest.raises(DeviceError, match="--device cuda:99: not there"):
+        quick(images / "slice.nii", "regress", "0.3", device="cuda:99", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_result_goes_over_an_input(quick, images, tmp_path, no_network):
+    for name in ("x.nii", "x_segment_m.nii"):
+        shutil.copy(images / "slice.nii", tmp_path / name)
+    shutil.copy(images / "mask.nii", tmp_path / "m.nii")
+    before = {name: (tmp_path / name).read_bytes() for name in written(tmp_path)}
+    with pytest.raises(InputError, match=r"x_segment_m\.nii: this is an input, and inputs are never overwritten"):
+        quick([tmp_path / "x.nii", tmp_path / "x_segment_m.nii"], "segment", str(tmp_path / "m.nii"), out=tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in written(tmp_path)} == before
+
+
+def test_no_result_goes_over_an_input_by_another_path(quick, images, tmp_path, no_network):
+    shutil.copy(images / "slice.nii", tmp_path / "x.nii")
+    shutil.copy(images / "slice.nii", tmp_path / "x_regress_0.3.nii")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    places = [tmp_path / "link" / "x.nii", tmp_path / "link" / "x_regress_0.3.nii"]
+    with pytest.raises(InputError, match="never overwritten"):
+        quick(places, "regress", "0.3", out=tmp_path)
+
+
+def test_no_case_goes_over_its_own_files(quick, images, tmp_path, no_network):
+    shutil.copytree(images / "case", tmp_path / "case_regress_0.3")
+    shutil.copytree(images / "case", tmp_path / "case")
+    with pytest.raises(InputError, match="never overwritten"):
+        quick([tmp_path / "case", tmp_path / "case_regress_0.3"], "regress", "0.3", out=tmp_path)
+
+
+def test_an_output_folder_that_is_a_file(quick, images, tmp_path, no_network):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SettingsError, match=r"-o .*file.*: .*file is no folder that can be written to"):
+            quick(images / "slice.nii", "regress", "0.3", out=out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# --------------------------------------------------------------------------------------------------- trouble on the way
+
+
+@pytest.mark.parametrize("scale", [1e12, 1e38, 1e300])
+def test_an_image_that_blows_up_is_named_and_nothing_of_it_written(quick, images, tmp_path, scale):
+    with pytest.raises(KnifeError, match=r"slice\.nii: values beyond 1e\+06 at level 8; give a smaller --scale than"):
+        quick(images / "slice.nii", "regress", "+", out=tmp_path / "out", settings=replace(FEW, scale=scale))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "trouble", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
+)
+@pytest.mark.parametrize(("count", "words"), [(3, "lower --batch-size to less than 3"), (1, "give --device cpu")])
+def test_running_out_of_memory_says_how_to_need_less(quick, images, monkeypatch, trouble, count, words):
+    def decode(*arguments):
+        raise trouble
+
+    monkeypatch.setattr(module, "decode", decode)
+    with pytest.raises(DeviceError, match=f"cpu: a batch of {count} does not fit into memory; {words}"):
+        quick([images / "slice.nii"] * count, "regress", "0.3")
+
+
+def test_other_errors_stay_what_they_are(quick, images, monkeypatch):
+    def decode(*arguments):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(module, "decode", decode)
+    with pytest.raises(RuntimeError, match="a bug"):
+        quick(images / "slice.nii", "regress", "0.3")
+
+
+def test_a_full_disk_is_a_refusal_without_a_record(quick, images, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_safely", full)
+    with pytest.raises(SettingsError, match=r"-o .*out: cannot be written to \(No space left on device\)"):
+        quick(images / "slice.nii", "regress", "0.3", out=tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_an_image_that_vanishes_is_refused(quick, tmp_path):
+    os.symlink(tmp_path / "gone.nii", tmp_path / "link.nii")
+    with pytest.raises(InputError, match=r"link\.nii: no such file"):
+        quick(tmp_path / "link.nii", "regress", "0.3")
