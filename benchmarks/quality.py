@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py [--count 64] [--models DIR] [--noise-level L] [--steps N] [--device cpu]
 
-The judge is a segmenter of another architecture and seed, trained on clean phantoms of another seed; its own Dice is printed
-first. It is trained on the first run (some minutes on a CPU) and kept in --judge. Prints a table and, last, one JSON line.
+The judge is a segmenter of another architecture and seed, trained on clean phantoms of another seed; its own Dice is
+printed first. It is trained on the first run (some minutes on a CPU) and kept in --judge. Prints a table and, last, one
+JSON line.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from knife.devices import resolve_device
 from knife.phantom import Phantom, phantom
 from knife.schedule import path
 from knife.tasks import task
-from knife.translate import Pair, Settings, resolve
+from knife.translation import Pair, Settings, resolve
 from knife.unet import Architecture, UNet
 
 HELD_OUT, JUDGE_DATA = 20_220_402, 77  # seeds of phantoms that no shipped model was trained on (theirs: 1)
@@ -129,7 +130,7 @@ class Bench:
         return torch.cat(results)
 
     def change(self, rows: slice, y: Tensor, wanted: Tensor | None = None) -> float:
-        """Return the median over images of the mean change outside tumours old, new and wanted."""
+        """Return the mean change outside tumours old, new and wanted."""
         tumour = torch.maximum(self.mask[rows], judged(self.judge, y))
         if wanted is not None:
             tumour = torch.maximum(tumour, wanted)
@@ -143,7 +144,11 @@ class Bench:
 def measure(bench: Bench) -> dict[str, float]:
     """Measure everything; see the README for what each figure means."""
     everything, healthy, diseased = slice(None), slice(0, bench.half), slice(bench.half, None)
-    figures = {"judge's own Dice (median, diseased)": float(dice(judged(bench.judge, bench.x[diseased]), bench.mask[diseased]).median())}
+    figures = {
+        "judge's own Dice (median, diseased)": float(
+            dice(judged(bench.judge, bench.x[diseased]), bench.mask[diseased]).median()
+        )
+    }
     y = bench.decode(everything)
     figures["round trip: mean absolute error"] = float((y - bench.x).abs().mean() / 2)
 

@@ -19,7 +19,7 @@ import torch
 from knife import ops
 from knife.devices import resolve_device
 from knife.phantom import phantom, write_nifti
-from knife.translate import Settings, translate
+from knife.translation import Settings, translate
 
 TARGETS = {"regress": "0.15", "classify": "healthy", "segment": "mask.nii"}
 
@@ -59,8 +59,14 @@ def main() -> None:
             figures[task] = {batch: measure(task, batch, folder, options) for batch in batches}
             print(f"{task:<10}" + "".join(f"{seconds:17.3f}  " for seconds in figures[task].values()))
     device, _ = resolve_device(options.device)
-    machine = torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(json.dumps({"seconds_per_image": figures, "machine": machine, "ops": ops.status().path, "torch": torch.__version__}))
+    machine = (
+        torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(
+        json.dumps(
+            {"seconds_per_image": figures, "machine": machine, "ops": ops.status().path, "torch": torch.__version__}
+        )
+    )
 
 
 if __name__ == "__main__":

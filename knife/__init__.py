@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from knife.checkpoint import load_model
     from knife.hookspecs import hookimpl
     from knife.image import Image
-    from knife.translate import translate
+    from knife.translation import translate
 
 __version__ = "0.1.0"
 __all__ = ["Image", "KnifeError", "errors", "hookimpl", "load_model", "translate"]
 
-LAZY = {"Image": "image", "hookimpl": "hookspecs", "load_model": "checkpoint", "translate": "translate"}
+LAZY = {"Image": "image", "hookimpl": "hookspecs", "load_model": "checkpoint", "translate": "translation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from knife import panel
 from knife.errors import InputError, SettingsError
 from knife.image import Image, write_safely
 from knife.phantom import CHANNELS, phantom, write_nifti
-from knife.translate import DEFAULTS, Settings, Translation, translate
+from knife.translation import DEFAULTS, Settings, Translation, translate
 
 SEED = 20_220_402  # no training data were made from this seed
 DISEASED, HEALTHY = 3, 4  # phantoms of that seed
@@ -108,7 +108,13 @@ def row(edit: Edit, translation: Translation) -> dict[str, Any]:
     told = {"classify": "p(healthy)", "regress": "value", "segment": "dice"}[edit.task]
     seen = {when: f"{told} {record[when][told]:.3f}" for when in ("before", "after")}
     file = translation.files.image if translation.files else ""
-    return {"tumour": edit.word, "asked": f"{edit.task} {edit.target}", **seen, "s": record["seconds"], "file": file}
+    return {
+        "tumour": edit.word,
+        "asked": f"{edit.task} {edit.target}",
+        **seen,
+        "seconds": record["seconds"],
+        "file": file,
+    }
 
 
 def overview(done: list[Translation], mask: Tensor) -> bytes:

@@ -1,8 +1,8 @@
 """The hooks of a task: all that knife asks of a plugin.
 
-A task says how well a noised image fits its target, as one number per image. knife adds the noise, differentiates, scales and
-steps; a task never sees autograd, schedules, devices or file formats. `train` and `guide` are twins: one loss descended over the
-network's weights, one score climbed over the image's pixels.
+A task says how well a noised image fits its target, as one number per image. knife adds the noise, differentiates,
+scales and steps; a task never sees autograd, schedules, devices or file formats. `train` and `guide` are twins: one
+loss descended over the network's weights, one score climbed over the image's pixels.
 
 Every hook is called on one plugin alone, and may leave out arguments it does not need.
 """
@@ -46,12 +46,15 @@ def build(image_spec: "ImageSpec", config: Mapping[str, Any]) -> "nn.Module":
 
 @hookspec(firstresult=True)
 def train(net: "nn.Module", x: "Tensor", t: "Tensor", label: "Tensor") -> "Tensor":
-    """Return the loss over a batch of noised images x [N, C, H, W] at timesteps t [N], a scalar, to descend over the weights."""
+    """Return the loss over a batch of noised images x [N, C, H, W] at timesteps t [N]: a scalar, to descend."""
 
 
 @hookspec(firstresult=True)
 def target(text: str, image: "Image", image_spec: "ImageSpec", config: Mapping[str, Any]) -> "Tensor":
-    """Return the value of --target for one image as a tensor; raise TargetError saying what is wanted if it means nothing."""
+    """Return the value of --target for one image, of the shape and type of a label.
+
+    Raise TargetError saying what is wanted if it means nothing.
+    """
 
 
 @hookspec(firstresult=True)
@@ -63,4 +66,4 @@ def guide(net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor") -> "Tens
 def evaluate(
     net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: Mapping[str, Any]
 ) -> "dict[str, Tensor]":
-    """Return named numbers for the report, each [N] in the user's units: what the network sees in each image. Optional."""
+    """Return named numbers for the report, each [N] in the user's units: what the network sees. Optional."""

@@ -1,8 +1,8 @@
 """Noise levels: alpha_bar, noising, and the path of levels that a translation walks.
 
-A *level* k in 0..T says how noisy an image is: alpha_bar[0] = 1 is the clean image, alpha_bar[T] is nearly noise. A network trained
-at timesteps t = 0..T-1 is asked at level k with t = max(k - 1, 0). Everything here counts in levels; `timestep` is the one place
-that converts.
+A *level* k in 0..T says how noisy an image is: alpha_bar[0] = 1 is the clean image, alpha_bar[T] is nearly noise. A
+network trained at timesteps t = 0..T-1 is asked at level k with t = max(k - 1, 0). Everything here counts in levels;
+`timestep` is the one place that converts.
 """
 
 import hashlib
@@ -70,5 +70,7 @@ def path(noise_level: int, steps: int) -> list[int]:
     if noise_level < 1:
         raise SettingsError(f"--noise-level {noise_level}: nothing to encode; give a level from 1 to T.")
     if not 1 <= steps <= noise_level:
-        raise SettingsError(f"--steps {steps}: give 1 to {noise_level}, as many as there are levels up to --noise-level.")
+        raise SettingsError(
+            f"--steps {steps}: give 1 to {noise_level}, as many as there are levels up to --noise-level."
+        )
     return [round(i * noise_level / steps) for i in range(steps + 1)]

@@ -25,7 +25,7 @@ class ImageSpec:
         for arch in (self.unet, self.encoder):
             if any(side % arch.factor() for side in self.size):
                 raise SettingsError(
-                    f"size {self.size[0]}x{self.size[1]}: both sides must be divisible by {arch.factor()} for this network."
+                    f"size {self.size[0]}x{self.size[1]}: this network needs sides divisible by {arch.factor()}."
                 )
 
     def build_unet(self, outputs: int) -> nn.Module:
@@ -61,7 +61,8 @@ def pair(values: Any) -> tuple[Any, Any]:
 def architecture(values: Mapping[str, Any]) -> Architecture:
     """Rebuild an architecture from JSON, where tuples have become lists."""
     known = {f.name for f in fields(Architecture)}
-    return Architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+    return Architecture(**arguments)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ def rows() -> list[dict[str, Any]]:
             with torch.device("meta"):
                 net = (spec.build_unet if kind in ("diffusion", "segment") else spec.build_encoder)(outputs)
             count = sum(parameter.numel() for parameter in net.parameters())
-            table.append({"name": p.name, "kind": kind, "channels": p.channels, "size": list(p.size), "parameters": count})
+            table.append(
+                {"name": p.name, "kind": kind, "channels": p.channels, "size": list(p.size), "parameters": count}
+            )
     return table
 
 
@@ -146,8 +149,8 @@ PRESETS = {
             {"diffusion": Training(500_000), "task": Training(80_000)}, kinds=("diffusion", "regress"),
         ),
         Preset(
-            # The paper counts as many parameters for its segmenter as for its diffusion model, so the segmenter kept the eight
-            # outputs (the mask is read from the first) and the label embedding.
+            # The paper counts as many parameters for its segmenter as for its diffusion model, so the segmenter kept
+            # the eight outputs (the mask is read from the first) and the label embedding.
             "paper-brats", (256, 256), 4, BRATS,
             replace(GUIDE, width=32, mult=(1, 1, 2, 2, 4, 4), attention=(8, 16, 32)), replace(BRATS, outputs=8),
             {"diffusion": Training(50_000), "task": Training(20_000)},

@@ -1,7 +1,7 @@
 """The networks: the ADM U-Net (Dhariwal and Nichol, 2021) and its encoder half, from one block.
 
-`Architecture` is the shape of a network without its ends: how many channels go in, how many come out, and for which image size
-is said when it is built.
+`Architecture` is the shape of a network without its ends: how many channels go in, how many come out, and for which
+image size is said when it is built.
 """
 
 import math
@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """The one block of both networks: two convolutions conditioned on t, a skip, then attention where the level asks for it."""
+    """The one block of both networks: two convolutions conditioned on t, a skip, then attention where asked for."""
 
     def __init__(
         self, channels: int, out: int, embedding: int, arch: Architecture, attend: bool = False, resample: str = ""
@@ -107,7 +107,7 @@ class Upsample(nn.Conv2d):
 
 
 class Embedding(nn.Module):
-    """Embeds the timestep t [N] as sines and cosines, then as a vector of four times the width; adds a label's vector if given."""
+    """Embeds the timestep t [N] as waves, then as a vector of four times the width; adds a label's vector if given."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Down(nn.Module):
 
 
 class UNet(nn.Module):
-    """The ADM U-Net: x [N, channels, H, W], t [N] -> [N, outputs, H, W]; H and W divisible by `Architecture.factor()`."""
+    """The ADM U-Net: x [N, channels, H, W], t [N] -> [N, outputs, H, W]; sides divisible by `Architecture.factor()`."""
 
     def __init__(self, arch: Architecture, channels: int, outputs: int) -> None:
         super().__init__()
@@ -173,7 +173,9 @@ class UNet(nn.Module):
         for level, mult in reversed(list(enumerate(arch.mult))):
             attend = arch.stem * 2**level in arch.attention
             for i in range(arch.res_blocks + 1):
-                self.up[f"level{level}_block{i}"] = Block(width + skips.pop(), arch.width * mult, emb, arch, attend=attend)
+                self.up[f"level{level}_block{i}"] = Block(
+                    width + skips.pop(), arch.width * mult, emb, arch, attend=attend
+                )
                 width = arch.width * mult
             if level > 0:
                 up = Block(width, width, emb, arch, resample="up") if arch.updown else Upsample(width)
@@ -202,7 +204,9 @@ class Encoder(nn.Module):
         grid = (size[0] // arch.factor(), size[1] // arch.factor())
         self.norm_out = nn.Identity() if self.spatial else nn.GroupNorm(arch.groups, width)
         if self.spatial:
-            self.head: nn.Module = spatial_head(sum(self.down.widths) + width, outputs, normed=arch.pool == "spatial-norm")
+            self.head: nn.Module = spatial_head(
+                sum(self.down.widths) + width, outputs, normed=arch.pool == "spatial-norm"
+            )
         elif arch.pool == "attention":
             self.head = AttentionPool(width, outputs, grid, arch)
         else:

@@ -88,3 +88,11 @@ def steepness(card: Card, net: nn.Module) -> float:
     level = torch.full((2,), card.schedule.T // 2)
     g = gradient(task(card.kind).score(net, TARGETS[card.kind]), x, timestep(level))
     return float((1 - card.schedule.alpha_bar[level[0]]).sqrt() * g.square().mean().sqrt())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none; `benchmarks/gpu.sh` runs it where there is one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

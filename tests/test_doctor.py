@@ -119,7 +119,7 @@ def test_a_model_is_told_by_its_card(models):
     path = models / "brain" / "regress.safetensors"
     about = doctor.about_file(path)
     assert about["sha256"] == digest(path)
-    assert about["spec"]["channels"] == ["t1", "t1ce", "t2", "flair"] or about["spec"]["channels"][0] == "t1"
+    assert list(about["spec"]["channels"]) == ["t1", "t1ce", "t2", "flair"]
     facts = doctor.summary(about)
     assert (facts["kind"], facts["data set"], facts["learnt"]) == ("regress", "brain", "size 0 to 0.35")
     assert (facts["channels"], facts["size"]) == ("t1, t1ce, t2, flair", "16 x 16")

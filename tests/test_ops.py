@@ -23,7 +23,7 @@ from knife.errors import OpsError, SettingsError
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]),
+    pytest.param("cuda", marks=pytest.mark.cuda),
 ]
 CLAMPS = [(-math.inf, math.inf), (-1.0, 1.0), (-math.inf, 0.5)]
 SHAPES = [

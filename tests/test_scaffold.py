@@ -16,7 +16,7 @@ from knife.scaffold import PLACES, new_plugin
 from knife.spec import preset
 from knife.tasks import HOOKS, task
 from knife.train import Run, Watch, train
-from knife.translate import Settings, translate
+from knife.translation import Settings, translate
 
 NAME = "scaffolded"
 

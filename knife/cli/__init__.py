@@ -135,7 +135,8 @@ def train(
     with interruptible() as caught, progress() as show:
         reached = run_training(run, TrainingView(show, run.steps, f"{where}: {why}", caught), lambda: bool(caught))
     if caught and reached < run.steps:
-        say(f"knife: stopped after step {reached}; saved. The same command resumes.")
+        kept = "saved" if reached else "nothing to save yet"
+        say(f"knife: stopped after step {reached}; {kept}. The same command resumes.")
         raise typer.Exit(128 + caught[0])
     give(run.path)
 
@@ -231,8 +232,8 @@ def translate(
     """Translate images; writes result, difference map, panel and record of each."""
     from dataclasses import replace
 
-    from knife.translate import DEFAULTS
-    from knife.translate import translate as run_translation
+    from knife.translation import DEFAULTS
+    from knife.translation import translate as run_translation
 
     if scale is not None and strength is not None:
         raise SettingsError("--scale and --strength: two ways to say the same; give one of them.")
@@ -270,12 +271,14 @@ def say_how(about: Mapping[str, Any]) -> None:
         f"{' (shipped with knife)' if model['shipped'] else ''}; noise level {settings['noise_level']}, "
         f"{settings['steps']} steps, scale {settings['scale']:.4g}; {about['device']}."
     )
+    for name in about["left_out"]:
+        say(f"  left out {name}: a mask by its name; to translate it, name it.")
 
 
 def row(record: Mapping[str, Any]) -> dict[str, object]:
     """Return what the table says of one translation."""
     seen = {f"{name} {when}": record[when][name] for name in record["after"] for when in ("before", "after")}
-    return {"input": record["input"], "target": record["target"], **seen, "s": record["seconds"]}
+    return {"input": record["input"], "target": record["target"], **seen, "seconds": record["seconds"]}
 
 
 @app.command()

@@ -11,19 +11,19 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import CHANNELS, SCHEDULE, SIZE, TINY, store
+from conftest import CHANNELS, SIZE, TINY, store
 
 import knife
 from knife import ops
-from knife import translate as module
-from knife.checkpoint import Card, describe, digest, load, read_tensors, save
+from knife import translation as module
+from knife.checkpoint import describe, digest, load, read_tensors, save
 from knife.errors import DeviceError, InputError, KnifeError, ModelError, SettingsError, TargetError, TaskError
 from knife.image import MARK, read
 from knife.phantom import phantom, write_nifti
 from knife.schedule import Schedule
 from knife.spec import ImageSpec
 from knife.tasks import task
-from knife.translate import Settings, expand, target_word, translate
+from knife.translation import DEFAULTS, Settings, expand, target_word, translate
 
 FEW = Settings(noise_level=10, steps=5)
 
@@ -63,7 +63,7 @@ def edited(path: Path, **changes: object) -> None:
     save(path, read_tensors(path), replace(describe(path).card, **changes).to_json())
 
 
-# ---------------------------------------------------------------------------------------------------------- what it does
+# --------------------------------------------------------------------------------------------------------- what it does
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,7 @@ def test_progress_counts_every_step_of_every_batch(quick, images):
 def test_clamping_keeps_the_result_within_the_value_range(quick, images):
     strong = replace(FEW, strength=3.0)
     free, kept = (
-        quick(images / "slice.nii", "regress", "+", settings=replace(strong, clamp=clamp))[0]
-        for clamp in (False, True)
+        quick(images / "slice.nii", "regress", "+", settings=replace(strong, clamp=clamp))[0] for clamp in (False, True)
     )
     start = free.source.normalised(SIZE, (-1, 1))
     assert (start + free.change).abs().max() > 1.1
@@ -271,19 +270,22 @@ def test_the_word_for_a_target(target, word):
     assert target_word(target) == word
 
 
-# --------------------------------------------------------------------------------------------------------------- records
+# -------------------------------------------------------------------------------------------------------------- records
 
 
 def test_the_record_says_all_that_was_done(quick, images, models, tmp_path):
     (done,) = quick(images / "healthy.nii", "segment", str(images / "mask.nii"), out=tmp_path)
-    record = json.loads(done.files.record.read_text(), parse_constant=lambda name: pytest.fail(name))
+    record = json.loads(done.files.record.read_text(), parse_constant=pytest.fail)
     assert record == done.record
     steepness = describe(models / "brain" / "segment.safetensors").card.guidance["gradient"]
     assert record["settings"] == {
-        "noise_level": 10, "steps": 5, "scale": 0.3 / steepness, "strength": 0.3, "batch_size": 8, "clamp": False,
+        "noise_level": 10, "steps": 5, "scale": DEFAULTS.strength / steepness, "strength": DEFAULTS.strength,
+        "batch_size": 8, "clamp": False,
     }  # fmt: skip
     hashes = [digest(models / "brain" / f"{kind}.safetensors") for kind in ("diffusion", "segment")]
-    assert [(m["dataset"], m["sha256"], m["shipped"]) for m in record["models"]] == [("brain", h, False) for h in hashes]
+    assert [(m["dataset"], m["sha256"], m["shipped"]) for m in record["models"]] == [
+        ("brain", h, False) for h in hashes
+    ]
     assert (record["task"], record["target"], record["input"]) == ("segment", "mask.nii", ["healthy.nii"])
     assert record["files"] == [file.name for file in done.files]
     assert (record["knife"], record["torch"], record["ops"]) == (
@@ -329,7 +331,7 @@ def test_an_explicit_scale_is_used_and_its_strength_recorded(quick, images, mode
     assert done.record["settings"]["strength"] == pytest.approx(5 * steepness)
 
 
-# --------------------------------------------------------------------------------------------------------------- folders
+# -------------------------------------------------------------------------------------------------------------- folders
 
 
 def test_a_folder_stands_for_its_images_and_cases(quick, images, tmp_path):
@@ -340,7 +342,11 @@ def test_a_folder_stands_for_its_images_and_cases(quick, images, tmp_path):
     for name in (".hidden.nii", "notes.txt"):
         (tmp_path / "in" / name).write_text("no image")
     (tmp_path / "in" / "empty.nii").mkdir()
-    done = quick(tmp_path / "in", "regress", "0.3", out=tmp_path / "out")
+    heard = []
+    done = quick(
+        tmp_path / "in", "regress", "0.3", out=tmp_path / "out", started=lambda about: heard.append(about["left_out"])
+    )
+    assert heard == [["a_mask.nii"]]
     assert [t.files.image.name for t in done] == ["a_regress_0.3.nii", "b_regress_0.3.nii", "case_regress_0.3"]
 
 
@@ -349,7 +355,8 @@ def test_several_slices_of_one_case_in_one_folder(images, tmp_path):
         for name in CHANNELS["brain"]:
             shutil.copy(images / "case" / f"case_{name}.nii.gz", tmp_path / f"brats_001_{name}_{number}_w.nii.gz")
         shutil.copy(images / "mask.nii", tmp_path / f"brats_001_seg_{number}_w.nii")
-    found = expand(tmp_path)
+    found, left_out = expand(tmp_path)
+    assert left_out == []  # the masks belong to the case
     assert [[file.name for file in files] for files in found] == [
         [f"brats_001_{name}_{number}_w.nii.gz" for name in CHANNELS["brain"]] for number in ("080", "081")
     ]
@@ -372,7 +379,7 @@ def test_a_folder_with_another_kind_of_image_is_refused_by_its_name(quick, image
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------------------------------------------- models
 
 
 @pytest.fixture
@@ -415,12 +422,12 @@ def test_several_that_fit_are_listed_and_dataset_chooses(own, images, no_network
 
 
 def test_a_dataset_of_no_such_name(own, images, no_network):
-    with pytest.raises(ModelError, match="task regress: no trained models in .* under the name nothing; run"):
+    with pytest.raises(ModelError, match=r"task regress: no trained models in .* under the name nothing; run"):
         translate(images / "slice.nii", "regress", "0.3", models=own, dataset="nothing", settings=FEW)
 
 
 def test_a_folder_of_models_that_is_not_there(images, tmp_path):
-    with pytest.raises(ModelError, match="--models .*nowhere: no such folder"):
+    with pytest.raises(ModelError, match=r"--models .*nowhere: no such folder"):
         translate(images / "slice.nii", "regress", "0.3", models=tmp_path / "nowhere")
 
 
@@ -428,6 +435,12 @@ def test_a_folder_of_models_that_is_not_there(images, tmp_path):
 def test_a_damaged_model_is_named_where_it_is_needed(own, images, shipped, kind):
     (own / "brain" / f"{kind}.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=rf"brain/{kind}\.safetensors: .*damaged"):
+        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+
+
+def test_a_model_under_the_name_of_another_kind_is_refused(own, images, no_network):
+    shutil.copy(own / "brain" / "classify.safetensors", own / "brain" / "regress.safetensors")
+    with pytest.raises(ModelError, match=r"regress\.safetensors: a model of kind classify under the wrong name"):
         translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
 
 
@@ -466,7 +479,7 @@ def test_other_channels_of_the_same_number_are_refused(own, images, no_network):
     for kind in ("diffusion", "regress"):
         path = own / "brain" / f"{kind}.safetensors"
         edited(path, spec=replace(describe(path).card.spec, channels=("t1", "t1ce", "t2", "pd")))
-    with pytest.raises(ModelError, match="its channels are t1, t1ce, t2, flair, but .* 4 .t1, t1ce, t2, pd."):
+    with pytest.raises(ModelError, match=r"its channels are t1, t1ce, t2, flair, but .* 4 \(t1, t1ce, t2, pd\)"):
         translate(images / "case", "regress", "0.3", models=own, settings=FEW)
 
 
@@ -487,7 +500,7 @@ def test_a_guide_without_measured_steepness_needs_a_scale(own, images):
     assert done.record["settings"]["scale"] == 2.0
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def nifti(path: Path, pixels: np.ndarray) -> Path:

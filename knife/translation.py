@@ -7,12 +7,10 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +40,7 @@ class Settings:
     noise_level: int = 400  # L: how far an image is encoded
     steps: int = 100  # of encoding, and again of decoding
     scale: float | None = None  # the paper's s; None: `strength` over the steepness measured when the guide was trained
-    strength: float = 0.3  # size of the guidance against that of the noise prediction
+    strength: float = 0.12  # size of the guidance against that of the noise prediction
     batch_size: int = 8
     clamp: bool = False  # keep the predicted clean image x0 within the value range while decoding
 
@@ -146,7 +144,8 @@ def translate(
         dataset: the name of the models' folder, if several fit.
         settings: noise level, steps, scale and the like.
         device: auto, cpu, cuda or cuda:N.
-        started: called once before the first step with what each record begins with, and the number of images.
+        started: called once before the first step with what each record begins with, the number of `images`, and the
+            masks in folders that were `left_out`.
         progress: called with (steps done, steps in all) after every step of a batch.
 
     Returns:
@@ -158,7 +157,8 @@ def translate(
     """
     kind = tasks.task(task)
     where, why = resolve_device(device)
-    sources = [read(files) for files in expand(images)]
+    found, left_out = expand(images)
+    sources = [read(files) for files in found]
     pair = choose(task, sources, None if models is None else Path(models), dataset)
     settings = resolve(settings, pair)
     card = pair.guide.card
@@ -179,7 +179,7 @@ def translate(
     ticks = iter(range(1, total + 1))
     with enough_memory(where, "the models do", "give --device cpu, or use smaller ones"):
         nets = load(pair.diffusion, where), load(pair.guide, where)
-    started({**about, "images": len(sources)})
+    started({**about, "images": len(sources), "left_out": [mask.name for mask in left_out]})
     job = Job(kind, pair, settings, where, *nets, about, lambda: progress(next(ticks), total))
     results = run(job, sources, targets)
     return list(results) if plans is None else [save(one, files) for one, files in zip(results, plans, strict=True)]
@@ -188,8 +188,8 @@ def translate(
 # -------------------------------------------------------------------------------------------------------------- inputs
 
 
-def expand(images: Place | Sequence[Place]) -> list[tuple[Path, ...]]:
-    """Return the files of each image that files and folders stand for.
+def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], list[Path]]:
+    """Return the files of each image that files and folders stand for, and the masks that were left out.
 
     A folder stands for the images in it, but masks (by their names), and for those of its subfolders that hold one file
     for each MR sequence.
@@ -199,26 +199,37 @@ def expand(images: Place | Sequence[Place]) -> list[tuple[Path, ...]]:
     """
     places = [images] if isinstance(images, str | Path) else images
     found: list[tuple[Path, ...]] = []
+    left_out: list[Path] = []
     for place in map(Path, places):
         if not os.path.isdir(place):
             found.append((place,))
             continue
-        try:
-            inside = sorted(place.iterdir())
-            subfolders = [sorted(folder.iterdir()) for folder in inside if folder.is_dir()]
-        except OSError as error:
-            raise InputError(f"{place}: cannot be listed ({error.strerror}); allow it, or name the images.") from error
-        cases = [case for files in subfolders for case in grouped(place, files) if len(case) > 1]
-        if not (here := grouped(place, inside) + cases):
+        here, masks = grouped(place, listed(place))
+        folders = [inside for inside in listed(place) if inside.is_dir()]
+        cases = [case for folder in folders for case in grouped(place, listed(folder))[0] if len(case) > 1]
+        if not here + cases:
             raise InputError(f"{place}: no images in this folder; give one of NIfTI, PNG, JPEG or TIFF files.")
-        found += here
+        found += here + cases
+        left_out += masks
     if not found:
         raise InputError("no image given; name at least one file or folder.")
-    return found
+    return found, left_out
 
 
-def grouped(root: Path, paths: Sequence[Path]) -> list[tuple[Path, ...]]:
-    """Return the image files among some paths, those of one case and slice together, without masks.
+def listed(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted by name.
+
+    Raises:
+        InputError: if it cannot be listed.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror}); allow it, or name the images.") from error
+
+
+def grouped(root: Path, paths: Sequence[Path]) -> tuple[list[tuple[Path, ...]], list[Path]]:
+    """Return the image files among some paths, those of one case and slice together, and the masks among them.
 
     Raises:
         InputError: if a case lacks a sequence that the others have.
@@ -227,10 +238,11 @@ def grouped(root: Path, paths: Sequence[Path]) -> list[tuple[Path, ...]]:
     found = sequences(root, files)
     if found is None:
         told = {path: sequence_of(path) for path in files}
-        return [(path,) for path, sequence in told.items() if sequence is None or sequence.name != "seg"]
+        masks = [path for path, sequence in told.items() if sequence is not None and sequence.name == "seg"]
+        return [(path,) for path in files if path not in masks], masks
     if found.skipped:
         raise InputError(f"{next(iter(found.skipped.values()))}; give it, or name the images one by one.")
-    return [entry.files for entry in found.entries]
+    return [entry.files for entry in found.entries], []
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -272,10 +284,22 @@ def pairs_in(models: Path, task: str, dataset: str | None) -> tuple[list[Pair], 
         files = [folder / f"{kind}.safetensors" for kind in ("diffusion", task)]
         if all(os.path.lexists(file) for file in files):
             try:
-                pairs.append(Pair(*map(describe, files)))
+                pairs.append(Pair(*map(described, files)))
             except ModelError as error:
                 broken.append(error)
     return pairs, broken
+
+
+def described(file: Path) -> Stored:
+    """Read the card of a model that must be of the kind its file is named by.
+
+    Raises:
+        ModelError: if it cannot be read or is of another kind.
+    """
+    stored = describe(file)
+    if stored.card.kind != file.stem:
+        raise ModelError(f"{file}: a model of kind {stored.card.kind} under the wrong name; rename it, or remove it.")
+    return stored
 
 
 def misfit(pair: Pair, images: Sequence[Image]) -> str:
@@ -370,7 +394,7 @@ def translate_batch(job: Job, images: Sequence[Image], targets: Tensor) -> list[
     after = look(job, 0, stacked(job, results), wanted)  # what was written, and not what the walk ended with
     seen = Seen(before, along, after, (time.perf_counter() - began) / len(images))
     records = [{**job.about, **image_record(job.pair, image), **seen.record(i)} for i, image in enumerate(images)]
-    return [Translation(*all_) for all_ in zip(images, results, change, targets, records, strict=True)]
+    return [Translation(*parts) for parts in zip(images, results, change, targets, records, strict=True)]
 
 
 def stacked(job: Job, images: Sequence[Image]) -> Tensor:
@@ -508,17 +532,9 @@ def save(translation: Translation, files: Files) -> Translation:
 def draw(translation: Translation) -> bytes:
     """Draw input, output and change within the input's window, with the wanted mask if the target is one."""
     source, result, target, record = translation.source, translation.result, translation.target, translation.record
-    mask = source.from_grid(target.float())[0] > 0.5 if target.ndim == 3 else None
+    is_mask = target.shape == (1, *translation.change.shape[1:])
+    mask = source.from_grid(target.float())[0] > 0.5 if is_mask else None
     seen = [f"{name} {record['before'][name]:.3g} -> {record['after'][name]:.3g}" for name in record["after"]]
     title = ": ".join(filter(None, (f"{record['task']} {record['target']}", ", ".join(seen))))
     before, after = source.normalised(None, (0, 1)), result.normalised(None, (0, 1))
     return panel.translation(before, after, record["channels"], mask, title)
-
-
-class CallableModule(ModuleType):
-    """Lets `knife.translate` be called though importing this module puts it in the function's place in the package."""
-
-    __call__ = staticmethod(translate)
-
-
-sys.modules[__name__].__class__ = CallableModule
