@@ -103,13 +103,19 @@ class Bench:
         self.stored = {s.card.kind: s for s in stored_models(options.models)}
         self.net = load(self.stored["diffusion"], self.device)
         self.card = self.stored["diffusion"].card
-        given = {"noise_level": options.noise_level, "steps": options.steps, "strength": options.strength}
+        given = {
+            "noise_level": options.noise_level,
+            "steps": options.steps,
+            "strength": options.strength,
+            "clamp": options.clamp,
+        }
         self.settings = replace(Settings(), **{k: v for k, v in given.items() if v is not None})
         self.levels = path(self.settings.noise_level, self.settings.steps)
         self.judge = train_judge(options.judge, options.judge_steps, self.device)
         half = options.count // 2
         self.healthy = [phantom(i, seed=HELD_OUT, relative_size=0.0) for i in range(half)]
-        self.diseased = [phantom(i, seed=HELD_OUT, relative_size=0.04 + 0.16 * i / half) for i in range(half, 2 * half)]
+        sizes = [0.03 + 0.27 * i / max(half - 1, 1) for i in range(half)]
+        self.diseased = [phantom(half + i, seed=HELD_OUT, relative_size=size) for i, size in enumerate(sizes)]
         everything = self.healthy + self.diseased
         self.x, self.mask = pixels(everything).to(self.device), masks(everything).to(self.device)
         self.brain = torch.stack([torch.from_numpy(p.brain) for p in everything])[:, None].float().to(self.device)
@@ -126,7 +132,8 @@ class Bench:
                 wanted = targets[i * self.batch : i * self.batch + len(noisy)].to(self.device)
                 score = task(name).score(load(stored, self.device), wanted)
                 scale = resolve(self.settings, Pair(self.stored["diffusion"], stored)).scale or 0.0
-            results.append(decode(self.net, noisy, self.card.schedule, self.levels, score, scale))
+            clamp = self.card.spec.value_range if self.settings.clamp else None
+            results.append(decode(self.net, noisy, self.card.schedule, self.levels, score, scale, clamp))
         return torch.cat(results)
 
     def change(self, rows: slice, y: Tensor, wanted: Tensor | None = None) -> float:
@@ -212,6 +219,7 @@ def main() -> None:
     parser.add_argument("--noise-level", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--strength", type=float)
+    parser.add_argument("--clamp", action="store_true", help="keep the predicted clean image within the value range")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
