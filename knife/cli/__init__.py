@@ -278,7 +278,9 @@ def say_how(about: Mapping[str, Any]) -> None:
 def row(record: Mapping[str, Any]) -> dict[str, object]:
     """Return what the table says of one translation."""
     seen = {f"{name} {when}": record[when][name] for name in record["after"] for when in ("before", "after")}
-    return {"input": record["input"], "target": record["target"], **seen, "seconds": record["seconds"]}
+    first, *others = record["input"]
+    shown = f"{first} and {len(others)} more" if others else first
+    return {"input": shown, "target": record["target"], **seen, "seconds": record["seconds"]}
 
 
 @app.command()
