@@ -17,8 +17,8 @@ models=${KNIFE_MODELS:-/tmp/knife-models}
 
 install() {
     mkdir -p "$out"
-    local pip=(python3 -m pip install -q --no-index --no-deps --no-cache-dir --upgrade --target "$site")
-    if compgen -G ".whl/*.whl" > /dev/null; then "${pip[@]}" .whl/*.whl; fi
+    local pip=(python3 -m pip install -q --no-deps --no-cache-dir --upgrade --target "$site")
+    if compgen -G ".whl/*.whl" > /dev/null; then "${pip[@]}" --no-index .whl/*.whl; fi
     "${pip[@]}" --no-build-isolation .
     export PYTHONPATH="$site" PATH="$site/bin:$PATH" PYTHONUNBUFFERED=1
 }
@@ -51,7 +51,7 @@ train_one() {
     local network=$1 seconds=$2 steps=$3
     say "train $network"
     timeout --signal=TERM "$seconds" \
-        knife train "$network" --data "$data" --models "$models" --preset small-64 --steps "$steps" --device cuda || true
+        knife train "$network" --data "$data" --models "$models" --preset small-64 --steps "$steps" --device cuda || [ $? = 124 ]
 }
 
 gpu_train() {
@@ -59,15 +59,15 @@ gpu_train() {
     [ -d "$data" ] || knife phantom "$data" --count 6000 --size 64 --seed 1  # as benchmarks/starter.py
     train_one diffusion 300 "${STEPS:-30000}"
     for network in regress classify segment; do train_one "$network" 60 "${TASK_STEPS:-4000}"; done
-    find "$models" -name '*.safetensors' -exec cp {} "$out/" \;
+    find "$models" -name '*.safetensors' ! -name '*.resume.*' -exec cp {} "$out/" \;
     ls -l "$out"
 }
 
 gpu_measure() {
     say "quality"
-    timeout 400 python3 benchmarks/quality.py --device cuda | tee "$out/quality.txt"
+    timeout 400 python3 benchmarks/quality.py --device cuda --models "$models" | tee "$out/quality.txt"
     say "seconds per image"
-    timeout 180 python3 benchmarks/translate.py --device cuda | tee "$out/translate.txt"
+    timeout 180 python3 benchmarks/translate.py --device cuda --models "$models" | tee "$out/translate.txt"
 }
 
 case "${1:-}" in

@@ -47,7 +47,7 @@ def train_judge(file: Path, steps: int, device: str) -> nn.Module:
     torch.manual_seed(9)
     net = UNet(JUDGE, 4, 1).to(device)
     if file.exists():
-        net.load_state_dict(torch.load(file, weights_only=True))
+        net.load_state_dict(torch.load(file, map_location=device, weights_only=True))
         return net.eval()
     data = [phantom(i, seed=JUDGE_DATA) for i in range(1500)]
     x, y = pixels(data).to(device), masks(data).to(device)

@@ -9,14 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from knife.checkpoint import STARTER, describe, read_tensors, save
+from knife.checkpoint import describe, read_tensors, save
+
+STARTER = Path(__file__).resolve().parents[1] / "knife" / "starter"  # of this checkout, wherever knife is installed
 
 COMMANDS = (
     "phantom data/phantom --count 6000 --size 64 --seed 1",
-    "train diffusion --data data/phantom --preset small-64",
-    "train regress --data data/phantom --preset small-64",
-    "train classify --data data/phantom --preset small-64",
-    "train segment --data data/phantom --preset small-64",
+    "train diffusion --data data/phantom --preset small-64 --steps 5800",
+    "train regress --data data/phantom --preset small-64 --steps 12000",
+    "train classify --data data/phantom --preset small-64 --steps 2000",
+    "train segment --data data/phantom --preset small-64 --steps 3500",
 )
 
 

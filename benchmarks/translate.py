@@ -1,8 +1,8 @@
 """Seconds per image, by task: the whole translation of `knife.translate`, models already chosen, files written.
 
-    python benchmarks/translate.py [--batch-sizes 1,8] [--noise-level L] [--steps N] [--repeats 3] [--device auto]
+    python benchmarks/translate.py [--batch-sizes 1,8] [--noise-level L] [--steps N] [--repeats 3] [--models DIR] [--device auto]
 
-Images are phantoms, models the shipped ones. Prints a table (medians over the repeats) and, last, one JSON line.
+Images are phantoms. Prints a table (medians over the repeats) and, last, one JSON line.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def measure(task: str, batch: int, folder: Path, options: argparse.Namespace) ->
     seconds = []
     for _ in range(options.repeats + 1):
         began = time.perf_counter()
-        translate(images, task, target, out=folder / "out", models=None, settings=settings, device=options.device)
+        translate(
+            images, task, target, out=folder / "out", models=options.models, settings=settings, device=options.device
+        )
         seconds.append((time.perf_counter() - began) / batch)
     return statistics.median(seconds[1:])  # the first run warms up
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--noise-level", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", type=Path, help="folder of trained models; default: the shipped ones")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     batches = [int(text) for text in options.batch_sizes.split(",")]

@@ -1,5 +1,5 @@
 // What both kernels do before they compute: check the arguments, make the output, plan the walk.
-// The sentences are those of `_check` in knife/ops.py, word for word; tests/test_ops.py compares them.
+// The sentences are those of `_complaints` in knife/ops.py, word for word; tests/test_ops.py compares them.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

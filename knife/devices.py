@@ -9,6 +9,13 @@ import torch
 from knife.errors import DeviceError
 
 
+def precision(device: str) -> torch.autocast:
+    """Return the context to train in: bfloat16 autocast on a GPU that computes in it, exact float32 elsewhere."""
+    kind = device.split(":", maxsplit=1)[0]
+    halved = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(kind, torch.bfloat16, enabled=halved)
+
+
 def resolve_device(text: str = "auto") -> tuple[str, str]:
     """Return the device that --device means, and why it was chosen, in words.
 

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from knife import __version__, data
-from knife.checkpoint import Card, read_about, read_tensors, ready, save, write_safely
+from knife.checkpoint import Card, describe, read_about, read_tensors, ready, save, write_safely
 from knife.ddim import decode, gradient
 from knife.ddpm import hybrid_loss
-from knife.devices import enough_memory
+from knife.devices import enough_memory, precision
 from knife.errors import InputError, ModelError, SettingsError, TaskError
 from knife.panel import curve, grid
 from knife.schedule import Schedule, noise, path, timestep
@@ -341,11 +341,17 @@ def generator(seed: int, step: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(seed, step, purpose))
 
 
+@lru_cache(maxsize=4)
+def order_of(seed: int, epoch: int, count: int) -> list[int]:
+    """Return the order in which an epoch sees the images."""
+    return torch.randperm(count, generator=generator(seed, epoch, EPOCH)).tolist()
+
+
 def batch_of(step: int, run: Run, count: int) -> list[int]:
     """Return which images a step sees: every epoch is a permutation of its own, and runs on into the next."""
     places = range(step * run.batch, (step + 1) * run.batch)
     epochs = {i // count for i in places}
-    orders = {epoch: torch.randperm(count, generator=generator(run.seed, epoch, EPOCH)).tolist() for epoch in epochs}
+    orders = {epoch: order_of(run.seed, epoch, count) for epoch in epochs}
     return [orders[i // count][i % count] for i in places]
 
 
@@ -365,7 +371,7 @@ def backward(net: nn.Module, step: int, job: Job) -> float:
     for part in torch.arange(len(x0)).chunk(run.accumulate):
         x, label, k, e = (tensor[part].to(run.device) for tensor in (x0, labels, level, eps))
         x = x.to(memory_format=torch.channels_last)
-        with torch.autocast(run.device.split(":")[0], torch.bfloat16, enabled=run.device != "cpu"):
+        with precision(run.device):
             value = loss(net, x, label, k, e) * len(part) / len(x0)
         torch.autograd.backward(value)
         total += value.item()
@@ -426,6 +432,11 @@ def start(job: Job) -> State:
     before = resume_path(run)
     if before.exists():
         restore(state, before, job)
+    elif run.path.exists() and describe(run.path).card.training.get("settings") != job.settings:
+        raise SettingsError(
+            f"{run.path}: a model is there that this run did not begin, and no state to resume it from; "
+            f"move it away, or give another --dataset name."
+        )
     return state
 
 
@@ -434,7 +445,8 @@ def averaging(decay: float) -> Callable[[Any, Any, Any], None]:
 
     @torch.no_grad()
     def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+        n = int(count)  # read once: on a GPU each reading waits
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
     return average
 
@@ -513,12 +525,14 @@ def keep(state: State, job: Job, log: "Log", watch: Watch) -> int:
             f"{run.kind}: weights are not finite after step {state.step}, not saved; give a lower --lr."
         )
     log.write()
-    guidance = {"gradient": steepness(job, job.task, ema)} if job.task else {}
+    with precision(run.device):
+        guidance = {"gradient": steepness(job, job.task, ema)} if job.task else {}
+        drawn = error_curve(job, job.task, ema) if job.task else samples(ema, job.card)
     training = {**record(state, job), **origin(job), "loss": mean(log.losses)}
     save(run.path, ema.state_dict(), replace(job.card, guidance=guidance, training=training).to_json())
     save(resume_path(run), tensors, {**record(state, job), "files": dict(job.inventory)})
     sheet = run.path.with_suffix(".png")
-    write_safely(sheet, error_curve(job, job.task, ema) if job.task else samples(ema, job.card))
+    write_safely(sheet, drawn)
     watch.saved(run.path)
     watch.saved(sheet)
     return state.step

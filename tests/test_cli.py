@@ -24,7 +24,7 @@ from conftest import TINY
 
 import knife.train
 from knife import __version__, cli, demo, doctor, spec, translation
-from knife.checkpoint import STARTER, Card, describe
+from knife.checkpoint import Card, describe
 from knife.cli import command_line, terminal
 from knife.image import read
 from knife.interop import foreign_names, foreign_shape
@@ -216,7 +216,8 @@ def test_models_import(run, foreign, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--name", "../faces", "--name ../faces: not the name of a folder"),
+        ("--name", "../faces", "--name '../faces': not the name of a folder"),
+        ("--name", "", "--name '': not the name of a folder"),
         ("--value-range", "0", "--value-range 0: give two numbers"),
         ("--value-range", "a,b", "--value-range a,b: give two numbers"),
         ("--as", "paint", "--as paint: no such kind"),

@@ -121,6 +121,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(squares: Path, kind: str) -> 
     assert all(torch.equal(models[0][name], states[0][f"ema.{name}"]) for name in models[0])
 
 
+def test_a_model_that_another_run_made_is_never_overwritten(squares: Path) -> None:
+    run = a_run(squares, "whole")
+    trained(replace(run, steps=2))
+    resume_path(run).unlink()
+    before = run.path.read_bytes()
+    with pytest.raises(SettingsError, match=r"a model is there that this run did not begin"):
+        trained(replace(run, seed=run.seed + 1))
+    assert run.path.read_bytes() == before
+
+
 def test_a_stopped_run_saves_and_goes_on(squares: Path) -> None:
     whole, parts = a_run(squares, "whole"), a_run(squares, "parts")
     trained(whole)

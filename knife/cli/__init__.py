@@ -395,8 +395,8 @@ def models_import(
     from knife.checkpoint import save
     from knife.interop import import_guided_diffusion
 
-    if Path(dataset).name != dataset or dataset.startswith("."):
-        raise SettingsError(f"--name {dataset}: not the name of a folder; give a plain word.")
+    if not dataset or Path(dataset).name != dataset or dataset.startswith("."):
+        raise SettingsError(f"--name {dataset!r}: not the name of a folder; give a plain word.")
     path = models / dataset / f"{kind}.safetensors"
     if path.exists():
         raise SettingsError(f"--name {dataset}: {path} is there already; give another name, or remove it.")
