@@ -1,6 +1,6 @@
 """Seconds per image, by task: the whole translation of `knife.translate`, models already chosen, files written.
 
-    python benchmarks/translate.py [--batch-sizes 1,8] [--noise-level L] [--steps N] [--repeats 3] [--models DIR] [--device auto]
+    python benchmarks/translate.py [--batch-sizes 1,8] [--noise-level L] [--steps N] [--repeats 3] [--models DIR]
 
 Images are phantoms. Prints a table (medians over the repeats) and, last, one JSON line.
 """
