@@ -39,7 +39,7 @@ def test_networks_have_the_channels_of_the_spec():
 
 @pytest.mark.parametrize("size", [(9, 8), (8, 7), (1, 1)])
 def test_sizes_that_the_levels_do_not_divide_are_refused(size):
-    with pytest.raises(SettingsError, match=rf"size {size[0]}x{size[1]}: both sides must be divisible by 2"):
+    with pytest.raises(SettingsError, match=rf"size {size[0]}x{size[1]}: this network needs sides divisible by 2"):
         replace(SPEC, size=size)
 
 

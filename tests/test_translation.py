@@ -475,7 +475,8 @@ def test_a_guide_of_another_value_range_is_refused_with_the_difference(own, imag
         translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
 
 
-def test_other_channels_of_the_same_number_are_refused(own, images, no_network):
+def test_other_channels_of_the_same_number_are_refused(own, images, no_network, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "STARTER", tmp_path / "nowhere")  # else a shipped model would serve
     for kind in ("diffusion", "regress"):
         path = own / "brain" / f"{kind}.safetensors"
         edited(path, spec=replace(describe(path).card.spec, channels=("t1", "t1ce", "t2", "pd")))
