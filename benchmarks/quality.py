@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="phantoms, half of them healthy")
     parser.add_argument("--models", type=Path, default=STARTER, help="folder that holds one data set's four models")
     parser.add_argument("--judge", type=Path, default=Path("out/judge.pt"))
-    parser.add_argument("--judge-steps", type=int, default=1500)
+    parser.add_argument("--judge-steps", type=int, default=1200)
     parser.add_argument("--noise-level", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--strength", type=float)
