@@ -71,7 +71,7 @@ class Run:
     label: str | None = None
     device: str = "cpu"
     accumulate: int = 1  # split each batch into so many parts
-    every: int = 1000  # steps between checkpoints and sheets
+    every: int = 500  # steps between checkpoints and sheets
     command: str = ""  # the command line, for the record
     tensorboard: bool = False
 
