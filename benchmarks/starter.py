@@ -2,6 +2,9 @@
 
 python benchmarks/starter.py train [--device auto]     # runs the commands below; hours on a CPU, resumes when repeated
 python benchmarks/starter.py pack [--models models]    # packs what was trained
+
+The models in the package come from these steps on this data set, but were trained in several stretches, the first of
+them with earlier versions of the loop: training anew gives models of the same kind, not the same bits.
 """
 
 import argparse

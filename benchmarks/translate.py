@@ -1,4 +1,4 @@
-"""Seconds per image, by task: the whole translation of `knife.translate`, models already chosen, files written.
+"""Seconds per image, by task: a whole call of `knife.translate`, models read and files written.
 
     python benchmarks/translate.py [--batch-sizes 1,8] [--noise-level L] [--steps N] [--repeats 3] [--models DIR]
 

@@ -46,7 +46,7 @@ class Schedule:
 
     @cached_property
     def digest(self) -> str:
-        """Return a fingerprint of alpha_bar: two models fit together only if theirs agree."""
+        """Return a fingerprint of alpha_bar, which stands in a model's card."""
         return hashlib.sha256(self.alpha_bar.numpy().tobytes()).hexdigest()[:16]
 
 
