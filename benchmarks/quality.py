@@ -21,10 +21,12 @@ from torch.nn import functional as F
 from knife.checkpoint import STARTER, load, stored_models
 from knife.ddim import decode, encode
 from knife.devices import resolve_device
+from knife.pairs import Pair
 from knife.phantom import Phantom, phantom
 from knife.schedule import path
+from knife.settings import Settings
 from knife.tasks import task
-from knife.translation import Pair, Settings, resolve
+from knife.translation import scale_of
 from knife.unet import Architecture, UNet
 
 HELD_OUT, JUDGE_DATA = 20_220_402, 77  # seeds of phantoms that no shipped model was trained on (theirs: 1)
@@ -126,14 +128,14 @@ class Bench:
         """Decode some of the phantoms towards targets [N, ...] of a task, or unguided."""
         results = []
         for i, noisy in enumerate(self.noisy[rows].split(self.batch)):
-            score, scale = None, 0.0
+            score, scale = None, None
             if name is not None and targets is not None:
                 stored = self.stored[name]
                 wanted = targets[i * self.batch : i * self.batch + len(noisy)].to(self.device)
                 score = task(name).score(load(stored, self.device), wanted)
-                scale = resolve(self.settings, Pair(self.stored["diffusion"], stored)).scale or 0.0
+                scale = scale_of(self.settings, Pair(self.stored["diffusion"], stored))
             clamp = self.card.spec.value_range if self.settings.clamp else None
-            results.append(decode(self.net, noisy, self.card.schedule, self.levels, score, scale, clamp))
+            results.append(decode(self.net, noisy, self.card.schedule, self.levels, score, scale or 0.0, clamp))
         return torch.cat(results)
 
     def change(self, rows: slice, y: Tensor, wanted: Tensor | None = None) -> float:

@@ -19,7 +19,8 @@ import torch
 from knife import ops
 from knife.devices import resolve_device
 from knife.phantom import phantom, write_nifti
-from knife.translation import Settings, translate
+from knife.settings import Settings
+from knife.translation import translate
 
 TARGETS = {"regress": "0.15", "classify": "healthy", "segment": "mask.nii"}
 

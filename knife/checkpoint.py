@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from knife import image
+from knife import files
 from knife.errors import KnifeError, ModelError
 from knife.schedule import Schedule
 from knife.spec import ImageSpec
@@ -100,7 +100,7 @@ def write_safely(path: Path, data: bytes) -> None:
         ModelError: if the disk is full or the folder cannot be written to; the old file stays.
     """
     try:
-        image.write_safely(path, data)
+        files.write_safely(path, data)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error.strerror or error}); make room, or allow it.") from error
 

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knife.data import Case, channels_of, image_of, load, open_folder, stack
+from knife.data import Case, channels_of, image_of, load, stack
 from knife.ddim import gradient
 from knife.errors import InputError, KnifeError, TargetError, TaskError
 from knife.hookspecs import REQUIRED
 from knife.image import Image
+from knife.layouts import open_folder
 from knife.phantom import write_dataset
 from knife.schedule import Schedule, noise, timestep
 from knife.spec import ImageSpec

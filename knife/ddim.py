@@ -20,7 +20,9 @@ from knife.schedule import Schedule, timestep
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N, C or 2C, H, W]
 Score = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N], higher is nearer to the target
+Scale = Callable[[Tensor, Tensor], Tensor]  # (gradient [N, C, H, W], alpha_bar []) -> s for each image, [N]
 Track = Callable[[int, Tensor], None]  # called with (level, x at that level) after every step
+FLAT = 1e-30  # a score that slopes less asks for nothing
 
 
 def encode(net: Network, x: Tensor, schedule: Schedule, levels: Sequence[int], track: Track | None = None) -> Tensor:
@@ -47,7 +49,7 @@ def decode(
     schedule: Schedule,
     levels: Sequence[int],
     score: Score | None = None,
-    scale: float = 0.0,
+    scale: float | Scale = 0.0,
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
 ) -> Tensor:
@@ -59,7 +61,8 @@ def decode(
         schedule: the levels the model was trained on.
         levels: the same rising levels that encoded x; they are walked downwards.
         score: how well noisy images fit the target, one number an image; None decodes unguided.
-        scale: the paper's s; 0 is bit for bit the unguided result.
+        scale: the paper's s, or what makes one for each image and step, as `balanced` does; 0 is bit for bit the
+            unguided result.
         clamp: limits of the predicted clean image x0; None leaves it free, which keeps the round trip exact.
         track: called after every step.
 
@@ -76,7 +79,7 @@ def walk(
     schedule: Schedule,
     levels: Sequence[int],
     score: Score | None = None,
-    scale: float = 0.0,
+    scale: float | Scale = 0.0,
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
 ) -> Tensor:
@@ -87,7 +90,8 @@ def walk(
         t = timestep(level * ones).long()
         eps = net(x, t)[:, : x.shape[1]].to(x.dtype)
         g = gradient(score, x, t) if score else None
-        x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, scale * ones, clamp)  # eq. 3, 4
+        s = ones if g is None else scale(g, alpha_bar[level]) if callable(scale) else scale * ones
+        x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, s, clamp)  # eq. 3, 4
         if track:
             track(next_level, x)
     return x
@@ -101,3 +105,23 @@ def gradient(score: Score, x: Tensor, t: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return torch.autograd.grad(score(x, t).sum(), x)[0]
+
+
+def balanced(strength: float, steepness: float) -> Scale:
+    """Return a scale that carries over between images, tasks and data sets.
+
+    Guidance s sqrt(1 - ab) g has the size `strength` against eps, whose size is 1 a pixel, where the score is as steep
+    as usual. Where it is not, its size follows the square root of the steepness instead of the steepness itself: a
+    guide that hardly slopes, as a regressor far from any tumour, still moves its image, one that slopes too much does
+    not tear it apart, and guidance still fades as the target is reached.
+
+    Args:
+        strength: the size of the guidance.
+        steepness: the usual size of sqrt(1 - ab) g, as measured when the guide was trained.
+    """
+
+    def scale(g: Tensor, alpha_bar: Tensor) -> Tensor:
+        size = (1 - alpha_bar).sqrt() * g.flatten(1).double().square().mean(1).sqrt()
+        return strength / (steepness * size).clamp(min=FLAT).sqrt()
+
+    return scale

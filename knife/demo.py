@@ -12,8 +12,10 @@ from torch import Tensor
 from knife import panel
 from knife.errors import InputError, SettingsError
 from knife.image import Image, write_safely
+from knife.outputs import Translation
 from knife.phantom import CHANNELS, phantom, write_nifti
-from knife.translation import DEFAULTS, Settings, Translation, translate
+from knife.settings import DEFAULTS, Settings
+from knife.translation import translate
 
 SEED = 20_220_402  # no training data were made from this seed
 DISEASED, HEALTHY = 3, 4  # phantoms of that seed

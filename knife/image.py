@@ -4,73 +4,40 @@ A model sees `image.normalised(size, value_range)`; what it changed comes back t
 which adds to the file's own intensities, so that whatever the model did not change stays bit for bit. Every file is
 taken as untrusted: whatever is wrong with it ends in an `InputError` that names it.
 
-Pixels lie as they are looked at. A NIfTI slice is turned by its affine: an axial one has anterior at the top and the
-patient's right at the left (radiological); others follow the same rule, rows along the higher world axis (S, else A),
-columns along the lower one, both from + to -. `write` undoes the turn exactly and keeps the header's geometry fields.
-
-To add a picture format: its suffix in FORMATS, its modes in MODES, its options in `_save_options`; the test to write is
-a row of `PICTURES` in tests/test_image.py.
+Pixels lie as they are looked at: the bytes of files are the business of `knife.nifti` and `knife.picture`.
 """
 
-import gzip
-import io
-import logging
-import math
-import os
 import re
-import secrets
-import stat
-import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
-import PIL.PngImagePlugin
 import torch
-from nibabel import orientations
-from nibabel.nifti1 import Nifti1Header, data_type_codes
-from nibabel.nifti2 import Nifti2Header
 from torch import Tensor
 from torch.nn import functional as F
 
-from knife.errors import InputError
+from knife import nifti, picture
+from knife.errors import InputError, SettingsError
+from knife.files import MARK, refusing, regular, shown, write_safely
+from knife.nifti import NIFTI, Nifti
+from knife.picture import FORMATS, Picture
 
-NIFTI = (".nii.gz", ".nii")
-FORMATS = {
-    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP",
-}  # fmt: skip
+__all__ = [
+    "DTYPES", "FORMATS", "MARK", "NIFTI", "SEQUENCES", "SUFFIXES", "Image", "MRSequence", "Nifti", "Picture", "Source",
+    "check_dtype", "decoded", "is_image", "joined", "not_constant", "output_name", "read", "read_mask",
+    "sequence_files", "sequence_of", "write", "write_safely",
+]  # fmt: skip
+
 SUFFIXES = (*NIFTI, *FORMATS)
-MODES = {  # what each format can hold
-    "PNG": ("L", "LA", "RGB", "RGBA", "I;16"), "TIFF": ("L", "LA", "RGB", "RGBA", "I;16", "F"),
-    "JPEG": ("L", "RGB"), "BMP": ("L", "RGB"), "WEBP": ("RGB", "RGBA"),
-}  # fmt: skip
-CONVERSIONS = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "RGBX": "RGB"}
 SEQUENCES = {  # canonical name and order: the words that name it in a file name
     "t1": ("t1", "t1n", "t1w"), "t1ce": ("t1ce", "t1c", "t1gd"), "t2": ("t2", "t2w"), "flair": ("flair", "t2f"),
 }  # fmt: skip
 MASK_WORDS = ("seg", "segm", "mask", "label", "labels")
-GEOMETRY = (
-    "dim_info", "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
-    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
-)  # fmt: skip
-MAX_PIXELS = 64 * 2**20  # of a picture
-MAX_VOXELS = 16 * 2**20  # of a NIfTI slice, over all channels
-MAX_SURPLUS = 2**20  # bytes that a NIfTI stream may hold before and after its voxels
-MAX_STORED_CHANNELS = 8  # [X, Y, C] with more than these is a volume
+DTYPES = ("same", "float32")  # what a NIfTI output's voxels may be stored as
 SAME_GRID = 1e-3  # world units by which two files of one slice may differ
 PAD_ONLY = 9 / 8  # a NIfTI slice that fills a model's grid up to this factor is padded, not resized
-MARK = "synthetic: knife"
-_SILENT = logging.Logger("nifti", logging.CRITICAL + 1)
-_WARNINGS = threading.Lock()  # their filters are one for all threads
-
-Header = Any  # a Nifti1Header or Nifti2Header of nibabel, whose methods are untyped
-Array = np.ndarray[Any, Any]
 
 
 class MRSequence(NamedTuple):
@@ -78,38 +45,6 @@ class MRSequence(NamedTuple):
 
     name: str
     token: str
-
-
-class Orientation(NamedTuple):
-    """How the stored plane [C, a, b] becomes the displayed one: swap the axes, then flip the dimensions in `flip`."""
-
-    swap: bool
-    flip: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Nifti:
-    """Describe one NIfTI file so that other pixels can take the place of its own.
-
-    header: geometry only (GEOMETRY), free of names and texts. shape: as stored; spatial: its part without channels.
-    frame: [3, 3] world row step, column step and first pixel, as displayed. dtype: what output is stored as.
-    """
-
-    header: Header
-    shape: tuple[int, ...]
-    spatial: tuple[int, ...]
-    orientation: Orientation
-    frame: Array
-    dtype: np.dtype[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """Describe one picture file: pillow mode without alpha, alpha plane uint8 [H, W], resolution, colour profile."""
-
-    mode: str
-    alpha: Array | None
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +66,7 @@ class Source:
 class Image:
     """Hold one 2-D image in its file's own intensities, and where it came from.
 
-    pixels: [C, H, W] float32, after a NIfTI file's slope and intercept, oriented as displayed (see the module).
+    pixels: [C, H, W] float32, after a NIfTI file's slope and intercept, oriented as displayed.
     window: [C, 2] low and high intensity that map to the ends of a model's value range.
     channels: ("t1", "flair", ...) where file names tell, ("r", "g", "b"), ("grey",), else ("0", "1", ...).
     """
@@ -227,21 +162,26 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def is_image(path: Path | str) -> bool:
     """Tell whether a file's name is that of an image knife reads; hidden files are not."""
-    return bool(_suffix(Path(path))) and not Path(path).name.startswith(".")
+    return bool(suffix_of(Path(path))) and not Path(path).name.startswith(".")
 
 
-def output_name(image: Image) -> tuple[str, str]:
+def output_name(source: Source) -> tuple[str, str]:
     """Return stem and suffix to name outputs by: ("x", ".nii.gz") for x.nii.gz.
 
     Several files have the suffix "" (a folder holds the output) and as stem their name without the sequence.
     """
-    first = image.source.paths[0]
-    stem = first.name.removesuffix(_suffix(first))
+    first = source.paths[0]
+    stem = first.name.removesuffix(suffix_of(first))
     told = sequence_of(first)
-    if len(image.source.paths) == 1 or told is None:
-        return stem, _suffix(first)
+    if len(source.paths) == 1 or told is None:
+        return stem, suffix_of(first) or ".nii.gz"  # a folder of DICOM files becomes one of NIfTI
     bare = re.sub(rf"(^|[^A-Za-z0-9]){told.token}(?![A-Za-z0-9])", "", stem).strip(" ._-")
     return bare or first.absolute().parent.name or "image", ""
+
+
+def own_name(path: Path) -> str:
+    """Return what one of several files is called among the results: as it is, and what is no image file, as NIfTI."""
+    return path.name if suffix_of(path) else f"{path.name}.nii.gz"
 
 
 def sequence_of(path: Path | str) -> MRSequence | None:
@@ -261,38 +201,38 @@ def sequence_files(folder: Path | str) -> dict[str, Path]:
     Raises InputError if the folder cannot be listed or two files are of the same sequence.
     """
     folder = Path(folder)
-    with _refusing(folder, "a folder"):
-        files = sorted(f for f in folder.iterdir() if is_image(f) and _suffix(f).lower() in NIFTI)
-    return _by_sequence([file for file in files if _mr_name(file)])
+    with refusing(folder, "a folder"):
+        files = sorted(f for f in folder.iterdir() if is_image(f) and suffix_of(f).lower() in NIFTI)
+    return by_sequence([file for file in files if mr_name(file)])
 
 
-def _by_sequence(files: Sequence[Path]) -> dict[str, Path]:
+def by_sequence(files: Sequence[Path]) -> dict[str, Path]:
+    """Return files by the MR sequence that their names tell, in canonical order.
+
+    Raises InputError if one tells none, or two are of the same.
+    """
     found: dict[str, Path] = {}
     for file in files:
-        name = _mr_name(file)
+        name = mr_name(file)
         if name is None:
-            raise InputError(f"{_shown(file)}: its name tells no sequence; files are joined by t1, t1ce, t2 or flair.")
+            raise InputError(f"{shown(file)}: its name tells no sequence; files are joined by t1, t1ce, t2 or flair.")
         if name in found:
-            both = f"{_shown(found[name])} and {_shown(file)}"
+            both = f"{shown(found[name])} and {shown(file)}"
             raise InputError(f"{both}: two files of sequence {name}; give the files of one case only.")
         found[name] = file
     return {name: found[name] for name in SEQUENCES if name in found}
 
 
-def _mr_name(path: Path) -> str | None:
+def mr_name(path: Path) -> str | None:
+    """Return the canonical name of the MR sequence that a file's name tells; None for none, or a mask."""
     told = sequence_of(path)
     return told.name if told and told.name in SEQUENCES else None
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """Return the image suffix of a path as it is spelt, or "" if there is none."""
     suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
     return path.name[len(path.name) - len(suffix) :]
-
-
-def _shown(path: Path) -> str:
-    """Spell a path so that it fits on one line: control characters and undecodable bytes are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -304,11 +244,15 @@ def read(path: Path | str | Sequence[Path | str]) -> Image:
     Raises InputError, and nothing else, if a file cannot be used: missing, no regular file, malformed, damaged, too
     large, a volume, without finite pixels, or the same value everywhere.
     """
-    image = _assembled([Path(path)] if isinstance(path, Path | str) else [Path(p) for p in path])
+    return not_constant(_assembled([Path(path)] if isinstance(path, Path | str) else [Path(p) for p in path]))
+
+
+def not_constant(image: Image) -> Image:
+    """Return the image, or raise InputError if it shows nothing: in each channel, every pixel is the same."""
     flat = image.pixels.flatten(1)
     if bool((flat == flat[:, :1]).all()):
         values = ", ".join(f"{v:g}" for v in flat[:, 0].tolist()[:4])
-        raise InputError(f"{_shown(image.source.paths[0])}: every pixel is {values}; a constant image shows nothing.")
+        raise InputError(f"{shown(image.source.paths[0])}: every pixel is {values}; a constant image shows nothing.")
     return image
 
 
@@ -318,12 +262,12 @@ def read_mask(path: Path | str, image: Image) -> Tensor:
     A NIfTI mask must lie on the image's grid; a picture counts as drawn on the displayed image. An empty mask is one.
     Raises InputError if it cannot be read, or its shape or geometry differ.
     """
-    mask = _decoded(Path(path))
-    name, whose = _shown(Path(path)), _shown(image.source.paths[0])
+    mask = decoded(Path(path))
+    name, whose = shown(Path(path)), shown(image.source.paths[0])
     if mask.pixels.shape[1:] != image.pixels.shape[1:]:
         shapes = [" x ".join(map(str, p.shape[1:])) for p in (mask.pixels, image.pixels)]
         raise InputError(f"{name}: the mask is {shapes[0]}, but {whose} is {shapes[1]}; give one of the same shape.")
-    if _suffix(Path(path)).lower() in (".jpg", ".jpeg"):
+    if suffix_of(Path(path)).lower() in (".jpg", ".jpeg"):
         raise InputError(f"{name}: JPEG blurs the edges of labels; save the mask as PNG or NIfTI.")
     if not isinstance(mask.source.kind, Picture):
         if isinstance(image.source.kind, Picture):
@@ -339,35 +283,38 @@ def _assembled(paths: Sequence[Path]) -> Image:
     if not paths:
         raise InputError("no image file given; name at least one.")
     if len(paths) == 1 and not _is_folder(paths[0]):
-        return _decoded(paths[0])
-    named = sequence_files(paths[0]) if len(paths) == 1 else _by_sequence(paths)
+        return decoded(paths[0])
+    named = sequence_files(paths[0]) if len(paths) == 1 else by_sequence(paths)
     if not named:
-        raise InputError(f"{_shown(paths[0])}: a folder without NIfTI files named t1, t1ce, t2 or flair; give a file.")
-    return _joined(tuple(named), [_decoded(file) for file in named.values()])
+        raise InputError(f"{shown(paths[0])}: a folder without NIfTI files named t1, t1ce, t2 or flair; give a file.")
+    return joined(tuple(named), [decoded(file) for file in named.values()])
 
 
 def _is_folder(path: Path) -> bool:
-    with _refusing(path, "a path"):
+    with refusing(path, "a path"):
         return path.is_dir()
 
 
-def _joined(channels: tuple[str, ...], images: Sequence[Image]) -> Image:
+def joined(channels: tuple[str, ...], images: Sequence[Image]) -> Image:
+    """Join images of one channel each, from NIfTI files on one grid, as the channels of one image, named as given.
+
+    Raises InputError if one is no such image, or lies on another grid than the first.
+    """
     for image in images:
         if isinstance(image.source.kind, Picture) or len(image.pixels) != 1:
-            raise InputError(f"{_shown(image.source.paths[0])}: only NIfTI files of one channel can be joined.")
+            raise InputError(f"{shown(image.source.paths[0])}: only NIfTI files of one channel can be joined.")
         _check_same_grid(image, images[0])
     pixels, sources = torch.cat([image.pixels for image in images]), [image.source for image in images]
     files = tuple(file for source in sources for file in cast(tuple[Nifti, ...], source.kind))
-    synthetic = any(source.synthetic for source in sources)
-    tops = [float(source.limits[0, 1]) if source.whole.any() else torch.inf for source in sources]
     paths = tuple(path for source in sources for path in source.paths)
-    return _image(paths, files, pixels, channels=channels, tops=tops, synthetic=synthetic)
+    synthetic, tops = any(source.synthetic for source in sources), [file.top for file in files]
+    return assemble(paths, files, pixels, channels=channels, tops=tops, synthetic=synthetic)
 
 
 def _check_same_grid(image: Image, other: Image) -> None:
     """Raise InputError, naming the pair, unless two images cover the same pixels of the world."""
     mine, its = cast(tuple[Nifti, ...], image.source.kind)[0], cast(tuple[Nifti, ...], other.source.kind)[0]
-    pair = f"{_shown(image.source.paths[0])} and {_shown(other.source.paths[0])}"
+    pair = f"{shown(image.source.paths[0])} and {shown(other.source.paths[0])}"
     if image.pixels.shape[1:] != other.pixels.shape[1:]:
         shapes = [" x ".join(map(str, x.pixels.shape[1:])) for x in (image, other)]
         raise InputError(f"{pair}: {shapes[0]} and {shapes[1]} pixels; give files of the same slice.")
@@ -376,58 +323,32 @@ def _check_same_grid(image: Image, other: Image) -> None:
         raise InputError(f"{pair}: their affines differ by {gap:.3g}; resample one onto the grid of the other.")
 
 
-def _decoded(path: Path) -> Image:
-    """Read one file; a constant one too, since a mask may be empty."""
-    suffix = _suffix(path).lower()
+def decoded(path: Path) -> Image:
+    """Read one file; a constant one too, since a mask or one channel of several may be empty.
+
+    Raises InputError, and nothing else, if it cannot be used.
+    """
+    suffix = suffix_of(path).lower()
     if not suffix:
-        raise InputError(f"{_shown(path)}: no image format that knife reads; give one of {', '.join(SUFFIXES)}.")
-    with _refusing(path, "a NIfTI file" if suffix in NIFTI else "a picture"), _regular(path) as file:
-        return _decode_nifti(file, path) if suffix in NIFTI else _decode_picture(file, path)
+        raise InputError(f"{shown(path)}: no image format that knife reads; give one of {', '.join(SUFFIXES)}.")
+    with refusing(path, "a NIfTI file" if suffix in NIFTI else "a picture"), regular(path) as file:
+        return _decoded_nifti(file, path) if suffix in NIFTI else _decoded_picture(file, path)
 
 
-@contextmanager
-def _refusing(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever reading raises into an InputError that names the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{_shown(path)}: no such file; check the name.") from None
-    except PIL.Image.DecompressionBombError as error:
-        raise InputError(f"{_shown(path)}: more than {MAX_PIXELS} pixels; give a smaller picture.") from error
-    except PIL.UnidentifiedImageError as error:
-        raise InputError(f"{_shown(path)}: not a PNG, JPEG, TIFF, BMP or WebP picture; save it as one.") from error
-    except MemoryError as error:
-        raise InputError(f"{_shown(path)}: needs more memory than there is; give a smaller file.") from error
-    except Exception as error:  # nibabel, pillow, zlib and numpy raise more than a dozen classes on damaged files
-        lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
-        reason = " ".join(lines)[:160].rstrip(" .")
-        raise InputError(f"{_shown(path)}: cannot be read as {what} ({reason}); save or copy it anew.") from error
+def _decoded_nifti(file: BinaryIO, path: Path) -> Image:
+    kind, pixels, synthetic = nifti.decode(file, path)
+    count, name = len(pixels), mr_name(path)
+    channels = (name,) if name and count == 1 else tuple(map(str, range(count)))
+    return assemble((path,), (kind,), pixels, channels=channels, tops=[kind.top] * count, synthetic=synthetic)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep pillow's warnings about odd metadata and large pictures from the terminal."""
-    with _WARNINGS, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _decoded_picture(file: BinaryIO, path: Path) -> Image:
+    kind, pixels, synthetic = picture.decode(file, path)
+    channels = ("grey",) if len(pixels) == 1 else ("r", "g", "b")
+    return assemble((path,), kind, pixels, channels=channels, tops=[kind.top] * len(pixels), synthetic=synthetic)
 
 
-@contextmanager
-def _regular(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file; a FIFO, device or socket is refused without waiting on it."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(fd, "rb") as file:
-        mode, size = os.fstat(fd).st_mode, os.fstat(fd).st_size
-        if not stat.S_ISREG(mode):
-            raise InputError(f"{_shown(path)}: no regular file; give an image file.")
-        if not size:
-            raise InputError(f"{_shown(path)}: the file is empty; copy it anew.")
-        yield file
-
-
-def _image(
+def assemble(
     paths: tuple[Path, ...],
     kind: Picture | tuple[Nifti, ...],
     pixels: Tensor,
@@ -464,376 +385,55 @@ def _window(pixels: Tensor) -> Tensor:
     return torch.tensor(ends)
 
 
-# --------------------------------------------------------------------------------------------------------------- NIfTI
-
-
-def _decode_nifti(file: BinaryIO, path: Path) -> Image:
-    """Read one slice; everything that the header can tell is checked before a voxel is read."""
-    magic = file.read(2)
-    file.seek(0)
-    stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if magic == b"\x1f\x8b" else file
-    head = stream.read(Nifti2Header.sizeof_hdr)
-    header = _parsed_header(head, path)
-    shape, dtype, offset = _checked_header(header, path)
-    axes, count, spatial = _layout(shape, path)
-    affine = _affine(header, path)
-    data = _read_to_end(stream, head, offset + math.prod(shape) * dtype.itemsize, path)
-    values = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape, order="F")
-    plane = np.moveaxis(values.reshape(shape[axes[0]], shape[axes[1]], count), 2, 0)
-    pixels, stored = _intensities(plane, header, path)
-    orientation, frame = _oriented(affine, axes, plane.shape[1:])
-    described = Nifti(_geometry(header), shape, spatial, orientation, frame, stored)
-    name = _mr_name(path) if count == 1 else None
-    return _image(
-        (path,),
-        (described,),
-        _displayed(pixels, orientation),
-        channels=(name,) if name else tuple(map(str, range(count))),
-        tops=[min(2.0**24, cast(Any, np.iinfo)(stored).max) if stored.kind in "iu" else torch.inf] * count,
-        synthetic=bytes(header["descrip"]).startswith(MARK.encode()),
-    )
-
-
-def _intensities(raw: Array, header: Header, path: Path) -> tuple[Array, np.dtype[Any]]:
-    """Return the voxels as float32 after slope and intercept, and the type that output of their kind is stored as.
-
-    That is their own if it is an integer type, there is no scaling, and float32 holds them exactly (below 2^24).
-    """
-    slope, inter = header.get_slope_inter()
-    scaled = (slope, inter) not in ((None, None), (1.0, 0.0))
-    with np.errstate(all="ignore"):
-        pixels = np.asarray(raw * slope + inter if scaled else raw).astype(np.float32)
-    bad = pixels.size - int(np.isfinite(pixels).sum())
-    if bad:
-        raise InputError(f"{_shown(path)}: {bad} voxels are NaN, infinite or beyond float32; fill them first.")
-    exact = raw.dtype.kind in "iu" and not scaled and float(np.abs(pixels).max()) <= 2**24
-    return pixels, raw.dtype.newbyteorder("=") if exact else np.dtype(np.float32)
-
-
-def _parsed_header(head: bytes, path: Path) -> Header:
-    sizes = {int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")}
-    kind: Header = Nifti2Header if 540 in sizes else Nifti1Header
-    if not sizes & {348, 540} or len(head) < kind.sizeof_hdr:
-        raise InputError(f"{_shown(path)}: no NIfTI header where one should be; save it as .nii or .nii.gz.")
-    header = kind(head[: kind.sizeof_hdr], check=False)
-    if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
-        raise InputError(f"{_shown(path)}: not a single-file NIfTI; save header and voxels together as .nii.")
-    return header
-
-
-def _checked_header(header: Header, path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Return shape, dtype and offset of the voxels, or raise InputError for what knife cannot use."""
-    rank = int(header["dim"][0])
-    shape = tuple(int(n) for n in header["dim"][1 : rank + 1])
-    if not 2 <= rank <= 7 or min(shape) < 1:
-        raise InputError(f"{_shown(path)}: its header declares the shape {list(shape)}; give a 2-D slice.")
-    dtype = header.get_data_dtype()
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        kind = data_type_codes.label[int(header["datatype"])]
-        raise InputError(f"{_shown(path)}: its voxels are {kind}; save them as integers or float32.")
-    if not np.isfinite(header["pixdim"][1 : min(rank, 3) + 1]).all():
-        raise InputError(f"{_shown(path)}: its voxel size is not finite; correct pixdim in the header.")
-    offset = int(header["vox_offset"])
-    if not header.sizeof_hdr <= offset <= MAX_SURPLUS:
-        raise InputError(f"{_shown(path)}: its header places the voxels at byte {offset}; save it anew.")
-    return shape, dtype, offset
-
-
-def _layout(shape: tuple[int, ...], path: Path) -> tuple[tuple[int, int], int, tuple[int, ...]]:
-    """Return the two axes of the slice, the number of channels, and the part of the shape without them.
-
-    Slices are [X, Y], [X, Y, 1], [1, Y, Z], [X, 1, Z], each also with channels as a further axis, and [X, Y, C <= 8].
-    """
-    full, rest = (*shape, 1)[:3], [n for n in shape[3:] if n > 1]
-    flat = next((axis for axis in (2, 1, 0) if full[axis] == 1), None)
-    bare = len(shape) == 3 and flat is None and shape[2] <= MAX_STORED_CHANNELS
-    if len(rest) > 1 or (flat is None and not bare):
-        size = " x ".join(map(str, shape))
-        raise InputError(
-            f"{_shown(path)}: a volume of {size} voxels, and knife translates slices; give one slice "
-            f"[X, Y], [X, Y, 1] or [X, Y, 1, C]."
-        )
-    if math.prod(shape) > MAX_VOXELS:
-        raise InputError(f"{_shown(path)}: its header declares more than {MAX_VOXELS} voxels; give a smaller slice.")
-    if flat is None:
-        return (0, 1), shape[2], shape[:2]
-    one, two = (axis for axis in range(3) if axis != flat)
-    return (one, two), math.prod(shape[3:]), shape[:3]
-
-
-def _read_to_end(stream: BinaryIO, head: bytes, size: int, path: Path) -> bytes:
-    """Read up to byte `size`, and a compressed stream to its end, since only there its checksum is compared."""
-    data = head + stream.read(max(size - len(head), 0))
-    if len(data) < size:
-        raise InputError(f"{_shown(path)}: ends after {len(data)} of {size} bytes; copy it anew.")
-    if isinstance(stream, gzip.GzipFile) and len(stream.read(MAX_SURPLUS + 1)) > MAX_SURPLUS:
-        raise InputError(f"{_shown(path)}: holds far more than the {size} bytes that it declares; save it anew.")
-    return data
-
-
-def _affine(header: Header, path: Path) -> Array:
-    """Return the affine [4, 4] that other programs use: sform, else qform, else voxel size alone."""
-    fixed = header.copy()
-    fixed.check_fix(logger=_SILENT, error_level=logging.ERROR)
-    affine = np.asarray(fixed.get_best_affine(), dtype=np.float64)
-    with np.errstate(all="ignore"):
-        lengths = np.linalg.norm(affine[:3, :3], axis=0)
-        volume = abs(np.linalg.det(affine[:3, :3] / lengths))  # 1 if orthogonal, 0 if two axes are one
-        sane = np.isfinite(affine).all() and lengths.min() > 1e-6 and np.abs(affine).max() < 1e6 and volume > 1e-3
-    if not sane:
-        raise InputError(f"{_shown(path)}: its affine is singular, not finite or huge; correct the header.")
-    return affine
-
-
-def _oriented(affine: Array, axes: tuple[int, int], shape: Sequence[int]) -> tuple[Orientation, Array]:
-    """Return how to turn a stored plane of `shape` for display, and its frame [3, 3] in the world."""
-    nearest = cast(Any, orientations).io_orientation(affine)  # of each voxel axis: world axis, direction
-    swap = bool(nearest[axes[0], 0] < nearest[axes[1], 0])
-    rows, columns = axes[::-1] if swap else axes
-    flips = nearest[rows, 1] > 0, nearest[columns, 1] > 0
-    frame, first = np.stack([affine[:3, rows], affine[:3, columns]]), affine[:3, 3].copy()
-    for i, axis in enumerate((rows, columns)):
-        if flips[i]:
-            first += affine[:3, axis] * (shape[axes.index(axis)] - 1)
-            frame[i] *= -1
-    return Orientation(swap, tuple(i + 1 for i in (0, 1) if flips[i])), np.vstack([frame, first])
-
-
-def _displayed(plane: Array, orientation: Orientation) -> Tensor:
-    turned = plane.swapaxes(1, 2) if orientation.swap else plane
-    return torch.from_numpy(np.ascontiguousarray(np.flip(turned, orientation.flip)))
-
-
-def _stored(pixels: Tensor, orientation: Orientation) -> Array:
-    """Undo `_displayed`."""
-    turned = np.flip(pixels.numpy(), orientation.flip)
-    return turned.swapaxes(1, 2) if orientation.swap else turned
-
-
-def _geometry(header: Header) -> Header:
-    """Return a fresh header with the geometry of another, bit for bit, and none of its texts."""
-    fresh = type(header)(endianness="<")
-    for field in GEOMETRY:
-        fresh[field] = header[field]
-    return fresh
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def _decode_picture(file: BinaryIO, path: Path) -> Image:
-    with _quiet():
-        opened = _opened_picture(file, path)
-        synthetic = _says_synthetic(opened)
-        if opened.format == "TIFF":
-            opened.load()  # reads metadata too, and warns about it
-    opened.load()  # the work, outside the lock
-    with _quiet():
-        picture, info = PIL.ImageOps.exif_transpose(opened), opened.info
-        mode = _plain_mode(picture, path)
-        picture = picture if mode in (picture.mode, "I;16") else picture.convert(mode)
-    profile = info.get("icc_profile") if opened.mode != "CMYK" else None
-    array = np.atleast_3d(np.asarray(picture)).astype(np.float32)  # [H, W, C]
-    alpha = array[..., -1].astype(np.uint8) if mode in ("LA", "RGBA") else None
-    pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array if alpha is None else array[..., :-1], 2, 0)))
-    if not bool(pixels.isfinite().all()):
-        raise InputError(f"{_shown(path)}: it has pixels that are NaN or infinite; fill them first.")
-    kept = {"icc_profile": profile, "dpi": _resolution(info.get("dpi"))}
-    kind = Picture(mode.removesuffix("A"), alpha, {key: value for key, value in kept.items() if value})
-    channels = ("grey",) if len(pixels) == 1 else ("r", "g", "b")
-    tops = [{"F": torch.inf, "I;16": 65535.0}.get(kind.mode, 255.0)] * len(pixels)
-    return _image((path,), kind, pixels, channels=channels, tops=tops, synthetic=synthetic)
-
-
-def _opened_picture(file: BinaryIO, path: Path) -> PIL.Image.Image:
-    """Open one picture of an allowed format, its size checked before and its checksums before decoding."""
-    formats = sorted(set(FORMATS.values()))
-    opened = PIL.Image.open(file, formats=formats)
-    if opened.width * opened.height > MAX_PIXELS:
-        raise InputError(f"{_shown(path)}: {opened.width} x {opened.height} pixels; give at most {MAX_PIXELS}.")
-    if opened.format != "MPO" and getattr(opened, "is_animated", False):  # an MPO is a JPEG with a preview behind it
-        raise InputError(f"{_shown(path)}: holds several pictures; save the one to translate as its own file.")
-    if opened.format == "PNG":
-        opened.verify()  # decoding alone leaves the checksums uncompared
-        file.seek(0)
-        opened = PIL.Image.open(file, formats=formats)
-    if _is_deep_colour(opened, file):
-        raise InputError(f"{_shown(path)}: 16 bits a colour would be lost; save it with 8, or each colour as grey.")
-    return opened
-
-
-def _is_deep_colour(opened: PIL.Image.Image, file: BinaryIO) -> bool:
-    """Tell whether pillow would silently read 16-bit colours as 8-bit ones."""
-    if opened.format == "TIFF":
-        bits = cast(Any, opened).tag_v2.get(258, (8,))
-        return opened.mode not in ("F", "I") and len(bits) > 1 and max(bits) > 8
-    if opened.format == "PNG":
-        here = file.tell()
-        file.seek(24)  # IHDR: bit depth, colour type
-        depth, colour = file.read(2)
-        file.seek(here)
-        return depth == 16 and colour in (2, 4, 6)
-    return False
-
-
-def _plain_mode(picture: PIL.Image.Image, path: Path) -> str:
-    """Return the mode to convert to: L, LA, RGB, RGBA, I;16 or F."""
-    mode = "I;16" if picture.mode.startswith("I;16") else CONVERSIONS.get(picture.mode, picture.mode)
-    if mode in ("L", "RGB") and picture.has_transparency_data:
-        mode += "A"
-    if mode not in MODES["TIFF"]:
-        raise InputError(f"{_shown(path)}: pixels of mode {mode}; save it as 8-bit grey or RGB, or 16-bit grey.")
-    return mode
-
-
-def _resolution(dpi: Any) -> tuple[float, float] | None:
-    """Return the dots per inch if they are two sensible numbers."""
-    try:
-        x, y = (float(d) for d in dpi)
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None
-    return (x, y) if 1 <= x < 65535 and 1 <= y < 65535 else None
-
-
-def _says_synthetic(opened: PIL.Image.Image) -> bool:
-    texts = [opened.info.get("Comment"), opened.info.get("comment"), opened.getexif().get(270)]
-    return any(MARK in (t.decode("latin-1") if isinstance(t, bytes) else str(t)) for t in texts)
-
-
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write(image: Image, path: Path | str, synthetic: bool = True) -> None:
+def write(image: Image, path: Path | str, synthetic: bool = True, dtype: str = "same") -> None:
     """Write an image in the format that the suffix of `path` names; only complete files ever appear.
 
     NIfTI keeps the geometry of the input, drops its texts, and is stored as the input's integer type if every value
-    fits it, else as float32. An image read from several files is written under their names if `path` is a folder (a
-    name without image suffix), else as one [X, Y, 1, C] file. Pictures keep alpha, resolution and colour profile and
-    lose other metadata. `synthetic` puts a mark into the file (BMP has no place for one).
+    fits it, else as float32; `dtype` "float32" stores it so in any case, and pictures take no notice of it. An image
+    read from several files is written under their names if `path` is a folder (a name without image suffix), else as
+    one [X, Y, 1, C] file. Pictures keep alpha, resolution and colour profile and lose other metadata. `synthetic` puts
+    a mark into the file (BMP has no place for one).
 
     Raises InputError if that would overwrite an input, the format cannot hold the image or pixels are not finite;
-    OSError if the disk refuses.
+    SettingsError if there is no such dtype; OSError if the disk refuses.
     """
-    path = Path(path)
-    kind, paths = image.source.kind, image.source.paths
+    path, paths = Path(path), image.source.paths
+    check_dtype(dtype)
     if not bool(image.pixels.isfinite().all()):
-        raise InputError(f"{_shown(path)}: the pixels to write are not all finite; nothing was written.")
-    if not _suffix(path) and len(paths) > 1:
+        raise InputError(f"{shown(path)}: the pixels to write are not all finite; nothing was written.")
+    if not suffix_of(path) and len(paths) > 1:
         if len(image.pixels) != len(paths):
-            raise InputError(f"{_shown(path)}: {len(image.pixels)} channels do not fill {len(paths)} files; name one.")
+            raise InputError(f"{shown(path)}: {len(image.pixels)} channels do not fill {len(paths)} files; name one.")
         files = {path / own.name: [i] for i, own in enumerate(paths)}
     else:
         files = {path: list(range(len(image.pixels)))}
-    encoded = {}
-    for file, channels in files.items():
+    for file in files:
         _check_no_input(file, paths)
-        if isinstance(kind, Picture):
-            encoded[file] = _encode_picture(image, kind, file, synthetic)
-        else:
-            encoded[file] = _encode_nifti(image, kind, channels, file, synthetic)
+    encoded = {file: _encoded(image, channels, file, synthetic, dtype) for file, channels in files.items()}
     for file, data in encoded.items():
         write_safely(file, data)
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise SettingsError unless a type to store NIfTI voxels as is one that `write` knows."""
+    if dtype not in DTYPES:
+        raise SettingsError(f"--dtype {dtype}: give {' or '.join(DTYPES)}.")
+
+
 def _check_no_input(path: Path, inputs: Sequence[Path]) -> None:
     if path.exists() and any(own.exists() and path.samefile(own) for own in inputs):
-        raise InputError(f"{_shown(path)}: this is the input, and inputs are never overwritten; name another output.")
+        raise InputError(f"{shown(path)}: this is the input, and inputs are never overwritten; name another output.")
 
 
-def _encode_nifti(image: Image, files: tuple[Nifti, ...], channels: list[int], path: Path, synthetic: bool) -> bytes:
-    """Return the bytes of a NIfTI file: geometry of the input, slope 1, voxels in Fortran order."""
-    suffix = _suffix(path).lower()
+def _encoded(image: Image, channels: list[int], path: Path, synthetic: bool, dtype: str) -> bytes:
+    """Return the bytes of the file that holds some of an image's channels."""
+    kind, suffix, pixels = image.source.kind, suffix_of(path).lower(), image.pixels[channels]
+    if isinstance(kind, Picture):
+        return picture.encode(pixels, kind, path, suffix=suffix, synthetic=synthetic)
     if suffix not in NIFTI:
-        raise InputError(f"{_shown(path)}: a NIfTI slice is written as NIfTI; name the output .nii or .nii.gz.")
-    pixels = image.pixels[channels]
-    own = files[channels[0] :][:1] if len(channels) == 1 and len(image.pixels) == len(files) else files
-    file, dtype = own[0], _stored_type(pixels, {f.dtype for f in own})
-    shape = file.shape
-    if math.prod(shape) != pixels.numel():  # several files into one, or a map of fewer channels
-        shape = file.spatial if len(pixels) == 1 else (*(*file.spatial, 1)[:3], len(pixels))
-    header = file.header.copy()
-    header.set_data_shape(shape)
-    header["pixdim"] = file.header["pixdim"]  # the line before resets those beyond the shape
-    header.set_data_dtype(dtype)
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    header["vox_offset"] = header.single_vox_offset
-    if synthetic:
-        header["descrip"], header["intent_name"] = MARK.encode(), b"synthetic"
-    plane = np.moveaxis(_stored(pixels, file.orientation), 0, 2)
-    voxels = plane.reshape(shape).astype(dtype.newbyteorder("<")).tobytes(order="F")
-    data = bytes(header.binaryblock) + bytes(4) + voxels  # four zeros: no extensions
-    return gzip.compress(data, 6, mtime=0) if suffix == ".nii.gz" else data
-
-
-def _stored_type(pixels: Tensor, dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
-    """Return the integer type that the files have in common if it holds every value, else float32."""
-    dtype = next(iter(dtypes))
-    if len(dtypes) > 1 or dtype.kind not in "iu" or not bool((pixels == pixels.round()).all()):
-        return np.dtype(np.float32)
-    bounds = cast(Any, np.iinfo)(dtype)
-    fits = bounds.min <= pixels.min().item() and pixels.max().item() <= bounds.max
-    return dtype if fits else np.dtype(np.float32)
-
-
-def _encode_picture(image: Image, kind: Picture, path: Path, synthetic: bool) -> bytes:
-    """Return the bytes of a picture, whole numbers rounded and clipped to what its mode holds."""
-    target = FORMATS.get(_suffix(path).lower())
-    if target is None:
-        raise InputError(f"{_shown(path)}: a picture is written as one of {', '.join(FORMATS)}; name the output so.")
-    count, same = len(image.pixels), len(image.pixels) == (3 if kind.mode == "RGB" else 1)
-    if count not in (1, 3):
-        raise InputError(f"{_shown(path)}: {count} channels, and a picture has 1 or 3; save them one by one.")
-    mode = kind.mode if same else ("RGB" if count == 3 else "L")
-    alpha = kind.alpha if same else None
-    full = mode if alpha is None else mode + "A"
-    if full not in MODES[target]:
-        raise InputError(f"{_shown(path)}: {target} cannot hold pixels of mode {full}; name the output .png or .tif.")
-    array = np.moveaxis(image.pixels.numpy(), 0, 2)
-    if mode != "F":
-        array = array.round().clip(0, 65535 if mode == "I;16" else 255).astype("uint16" if mode == "I;16" else "uint8")
-    array = array if alpha is None else np.concatenate([array, alpha[..., None]], axis=2)
-    picture = PIL.Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
-    out = io.BytesIO()
-    picture.save(out, format=target, **_save_options(target, synthetic), **kind.options)
-    return out.getvalue()
-
-
-def _save_options(target: str, synthetic: bool) -> dict[str, Any]:
-    """Return what pillow is told beside the pixels: no loss where the format allows it, and the mark."""
-    exact: dict[str, dict[str, Any]] = {
-        "JPEG": {"quality": 95, "subsampling": 0},
-        "WEBP": {"lossless": True, "exact": True},
-    }
-    options = exact.get(target, {})
-    if synthetic and target == "PNG":
-        options["pnginfo"] = PIL.PngImagePlugin.PngInfo()
-        options["pnginfo"].add_text("Software", "knife")
-        options["pnginfo"].add_text("Comment", MARK)
-    elif synthetic and target == "TIFF":
-        options |= {"description": MARK, "software": "knife"}
-    elif synthetic and target == "JPEG":
-        options["comment"] = MARK
-    elif synthetic and target == "WEBP":
-        options["exif"] = PIL.Image.Exif()
-        options["exif"][270] = MARK
-    return options
-
-
-def write_safely(path: Path, data: bytes) -> None:
-    """Put bytes at a path so that a crash or power loss leaves the old file, none, or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".knife-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the new name itself survive a power loss
-    finally:
-        os.close(folder)
+        raise InputError(f"{shown(path)}: a NIfTI slice is written as NIfTI; name the output .nii or .nii.gz.")
+    own = [kind[channels[0]]] if len(channels) == 1 and len(kind) == len(image.pixels) else kind
+    return nifti.encode(pixels, own, dtype=dtype, synthetic=synthetic, zipped=suffix == ".nii.gz")

@@ -5,9 +5,10 @@ convolutions one pixel wide. Their rows lie in the same order: [q, k, v][head][d
 [head][q, k, v][dim] in the blocks. The latter is the family's default: weights of several heads that were trained with
 its `use_new_attention_order` look the same and come out wrong.
 
-Shapes do not tell everything. The number of heads and the image size (of which only an attention pool bears a trace)
-are taken from the preset; the schedule is the family's, linear with T = 1000; the value range is an option. What the
-outputs of a task mean stands in no such file either: see `LABELS`.
+The shapes tell nearly all of an architecture (`read_architecture`). They do not tell the number of heads and the image
+size (of which only an attention pool bears a trace), nor the schedule and the value range: these are said (`Told`), or
+taken from a preset, or assumed to be the paper's. What the outputs of a task mean stands in no such file either: see
+`LABELS`.
 
 This is the only place that opens a pickle, and only one that holds nothing but tensors: no code in it can run.
 """
@@ -15,6 +16,7 @@ This is the only place that opens a pickle, and only one that holds nothing but 
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,8 +27,9 @@ from torch import Tensor, nn
 from knife.checkpoint import Card, digest
 from knife.errors import ModelError, SettingsError
 from knife.schedule import Schedule
+from knife.spec import PRESETS, ImageSpec
 from knife.spec import preset as look_up
-from knife.unet import Attention, Block, Encoder, UNet
+from knife.unet import Architecture, Attention, Block, Encoder, UNet
 
 # What a task remembers of its labels when nobody said: raw outputs as values from 0 to 1, classes by their numbers
 # (as many as the file has outputs), one mask.
@@ -36,6 +39,7 @@ LABELS: dict[str, dict[str, Any]] = {
     "classify": {"label": "class"},
     "segment": {"label": "mask"},
 }
+UNETS, ENCODERS = ("diffusion", "segment"), ("regress", "classify")  # which network a kind is
 CHANNELS = {1: ("grey",), 3: ("r", "g", "b"), 4: ("t1", "t1ce", "t2", "flair")}  # by number; others: 0, 1, ...
 GROUPS = 32  # of every norm of the family
 
@@ -58,45 +62,108 @@ LAST = {
 ONE_WIDE = ("attention.qkv.weight", "attention.out.weight", "head.qkv.weight", "head.out.weight")
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a file of weights does not tell, as the user says it; None takes a default."""
+
+    value_range: tuple[float, float] | None = None  # the least and the largest value of the images; -1, 1
+    channels: tuple[str, ...] | None = None  # their names, in order; by their number (`CHANNELS`)
+    config: Mapping[str, Any] | None = None  # what the task shall remember of its labels; `LABELS`
+    size: tuple[int, int] | None = None  # height, width in pixels; the paper's for so many channels
+    heads: int | None = None  # of every attention; the paper's
+    head_width: int | None = None  # channels a head, instead of heads
+    schedule: Schedule | None = None  # linear with T = 1000, the family's
+    label: int | None = None  # the class that a class-conditional network is asked with; the mean of all
+
+    def __post_init__(self) -> None:
+        low, high = self.value_range or (-1.0, 1.0)
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise SettingsError(f"--value-range {low:g},{high:g}: give two numbers, the lower one first.")
+        if self.heads and self.head_width:
+            raise SettingsError("--heads and --head-width: two ways to say the same; give one of them.")
+        for name, value in {"heads": self.heads, "head-width": self.head_width, "size": min(self.size or (1,))}.items():
+            if value is not None and value < 1:
+                raise SettingsError(f"--{name} {value}: give a number above 0.")
+
+    def refuse(self, names: Sequence[str], why: str) -> None:
+        """Refuse what is said besides though the source tells it already.
+
+        Raises:
+            SettingsError: naming the option.
+        """
+        for name in names:
+            if getattr(self, name) is not None:
+                raise SettingsError(f"--{name.replace('_', '-')}: {why}; leave it out.")
+
+
+NOTHING = Told()
+
+
 def import_guided_diffusion(
-    path: Path,
-    preset: str,
-    kind: str,
-    dataset: str,
-    value_range: tuple[float, float] = (-1.0, 1.0),
-    channels: Sequence[str] | None = None,
-    config: Mapping[str, Any] | None = None,
+    path: Path, kind: str, dataset: str, told: Told = NOTHING, preset: str | None = None
 ) -> tuple[Card, dict[str, Tensor]]:
     """Read a guided-diffusion file as a model of knife: its card and its state dict, which `checkpoint.save` stores.
 
     Args:
         path: a `model*.pt` or `ema_*.pt`.
-        preset: the architecture it was trained with, and all that its shapes do not tell.
         kind: diffusion, regress, classify or segment.
         dataset: what the images are called.
-        value_range: the least and the largest value of the images it was trained on.
-        channels: their names, in order; None names them by their number (`CHANNELS`).
-        config: what the task shall remember of its labels; None takes `LABELS`.
+        told: what the file does not tell.
+        preset: the architecture it must have; None reads the architecture from the shapes of the weights.
 
     Raises:
         ModelError: if the file cannot be read, is unsafe to read, or has another architecture (every difference named).
         SettingsError: if an option has an impossible value.
     """
-    row = look_up(preset)
-    low, high = value_range
-    if kind not in LABELS:
-        raise SettingsError(f"--as {kind}: no such kind of network; give one of {', '.join(LABELS)}.")
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise SettingsError(f"--value-range {low:g},{high:g}: give two numbers, the lower one first.")
+    check_kind(kind)
+    row = look_up(preset) if preset is not None else None
     state = read_state_dict(path)
-    names = tuple(channels) if channels else channel_names(row.channels or input_channels(state))
-    spec = row.spec(kind, names, (low, high))
-    labels = dict(config) if config is not None else dict(LABELS[kind])
+    if row:
+        told.refuse(("size", "heads", "head_width"), f"--preset {preset} says it")
+        names = told.channels or channel_names(row.channels or input_channels(state))
+        spec = row.spec(kind, names)
+    else:
+        spec = read_spec(state, kind, told, path)
+    card = new_card(kind, dataset, spec, told, outputs(state, spec.encoder.pool), path)
+    if not row:
+        known = spec.size if size_of_pool(state, spec.encoder) else told.size
+        card = with_assumed(card, replace(told, size=known))
+    return without_label(card, convert(state, card, path), told.label)
+
+
+def check_kind(kind: str, known: Sequence[str] = tuple(LABELS)) -> None:
+    """Refuse a kind of network that is not among the known ones.
+
+    Raises:
+        SettingsError: naming them.
+    """
+    if kind not in known:
+        raise SettingsError(f"--as {kind}: no such kind of network is imported here; give one of {', '.join(known)}.")
+
+
+def new_card(kind: str, dataset: str, spec: ImageSpec, told: Told, count: int, source: Path) -> Card:
+    """Return the card of a network of `count` outputs that is imported from a file."""
+    labels = dict(told.config) if told.config is not None else dict(LABELS[kind])
     if kind == "classify" and "classes" not in labels:
-        labels["classes"] = [str(index) for index in range(outputs(state, spec.encoder.pool))]
-    training = {"imported": path.name, "sha256": digest(path)}
-    card = Card(kind, dataset, spec, Schedule("linear", 1000), labels, training=training)
-    return card, convert(state, card, path)
+        labels["classes"] = [str(index) for index in range(count)]
+    training = {"imported": source.name, "sha256": digest(source)}
+    spec = replace(spec, value_range=told.value_range or (-1.0, 1.0))
+    return Card(kind, dataset, spec, told.schedule or Schedule("linear", 1000), labels, training=training)
+
+
+def with_assumed(card: Card, told: Told) -> Card:
+    """Record in a card what nobody told, as the options that would say otherwise."""
+    arch = card.spec.unet if card.kind in UNETS else card.spec.encoder
+    found: dict[str, str] = {}
+    if told.heads is None and told.head_width is None:
+        found |= {"--head-width": str(arch.head_width)} if arch.head_width else {"--heads": str(arch.heads)}
+    if told.size is None:
+        found["--size"] = str(card.spec.size[0])
+    if told.schedule is None:
+        found["--schedule"] = card.schedule.kind
+    if told.value_range is None:
+        found["--value-range"] = "{:g},{:g}".format(*card.spec.value_range)
+    return replace(card, training={**card.training, "assumed": found})
 
 
 def channel_names(count: int) -> tuple[str, ...]:
@@ -114,6 +181,170 @@ def outputs(state: Mapping[str, Tensor], pool: str) -> int:
     """Return how many outputs an encoder has; 2 if its last layer is missing."""
     last = state.get(LAST[pool])
     return last.shape[0] if last is not None and last.ndim > 1 else 2
+
+
+def without_label(card: Card, weights: dict[str, Tensor], label: int | None) -> tuple[Card, dict[str, Tensor]]:
+    """Add the vector of one class to the bias of the time embedding for good, and drop the label embedding.
+
+    knife asks every network without a label, and a network that was never trained so answers badly. Of a
+    class-conditional network it therefore keeps one class, or what stands for none: the mean of all.
+
+    Raises:
+        SettingsError: if there is no such class.
+    """
+    rows = weights.get("embedding.label.weight")
+    count = 0 if rows is None else len(rows)
+    if label is not None and not 0 <= label < count:
+        advice = f"there are 0 to {count - 1}; give one of them" if count else "there are no classes; leave it out"
+        raise SettingsError(f"--class {label}: {advice}.")
+    if rows is None:
+        return card, weights
+    folded = {name: tensor for name, tensor in weights.items() if name != "embedding.label.weight"}
+    kept = rows.mean(0) if label is None else rows[label]
+    folded["embedding.linear2.bias"] = weights["embedding.linear2.bias"] + kept
+    unet, encoder = replace(card.spec.unet, classes=0), replace(card.spec.encoder, classes=0)
+    training = {**card.training, "class": "mean" if label is None else label}
+    return replace(card, spec=replace(card.spec, unet=unet, encoder=encoder), training=training), folded
+
+
+# --- Architectures ----------------------------------------------------------------------------------------------------
+
+
+def read_spec(state: Mapping[str, Tensor], kind: str, told: Told, path: Path) -> ImageSpec:
+    """Read from the shapes of guided-diffusion's weights what images a network sees, and its architecture.
+
+    Every way to part its blocks into levels is tried; the one that fits every shape of the file is the true one.
+
+    Raises:
+        ModelError: if none fits, or several do, or it is a network of another kind.
+        SettingsError: if an option does not fit, or the image size must be given.
+    """
+    is_unet = any(name.startswith("output_blocks.") for name in state)
+    if is_unet != (kind in UNETS):
+        found, kinds = ("a U-Net", UNETS) if is_unet else ("an encoder", ENCODERS)
+        raise ModelError(f"{path}: holds {found}, and --as {kind} is none; give --as {' or --as '.join(kinds)}.")
+    names = told.channels or channel_names(input_channels(state))
+    if len(names) != input_channels(state):
+        raise SettingsError(f"channels {', '.join(names)}: {path} was made for {input_channels(state)}; name each.")
+    tried = {arch: misfit(arch, state, is_unet, told.size) for arch in read_architectures(state, is_unet, told)}
+    fitting = [arch for arch, why in tried.items() if not why]
+    if not fitting:
+        nearest = min(tried.values(), key=len, default="its layers have other names or widths")
+        advice = "; --size may be wrong" if told.size and "positional_embedding is" in nearest else ""
+        raise ModelError(
+            f"{path}: no network of the guided-diffusion family; what comes nearest differs: {nearest}{advice}."
+        )
+    if len(fitting) > 1:
+        ways = ", ".join(f"{len(arch.mult)} x {arch.res_blocks}" for arch in fitting)
+        raise ModelError(
+            f"{path}: its shapes fit several networks (levels x blocks: {ways}); give --size, or the --preset it has."
+        )
+    arch = fitting[0]
+    check_heads(arch)
+    size = told.size or size_of_pool(state, arch) or usual_size(len(names))
+    arch = replace(arch, outputs=fixed_outputs(kind, len(names), arch.outputs or 0, path))
+    return ImageSpec(names, size, arch, arch)
+
+
+def read_architectures(state: Mapping[str, Tensor], is_unet: bool, told: Told) -> Iterator[Architecture]:
+    """Yield every way to part the blocks of a file into levels, with all else as the shapes or the user tell."""
+    paper = look_up("paper-faces").diffusion if is_unet else look_up("paper-faces").encoder
+    said = told.heads or told.head_width
+    width = side(state, "time_embed.0.weight", 1)
+    total = len({name.split(".")[1] for name in state if name.startswith("input_blocks.")})
+    pool = paper.pool if is_unet else read_pool(state)
+    for levels in (count for count in range(1, total // 2 + 1) if width and total % count == 0):
+        stride = total // levels  # blocks of a level: the first convolution or a halving of the grid, then the others
+        first = [f"input_blocks.{1 + stride * level}" for level in range(levels)]
+        widths = [side(state, f"{name}.0.out_layers.3.weight", 0) for name in first]
+        if all(w and w % GROUPS == 0 and w % width == 0 for w in widths):
+            yield Architecture(
+                width,
+                mult=tuple(w // width for w in widths),
+                res_blocks=stride - 1,
+                attention=tuple(2**level for level, name in enumerate(first) if f"{name}.1.qkv.weight" in state),
+                heads=(told.heads or 1) if said else paper.heads,
+                head_width=told.head_width if said else paper.head_width,
+                scale_shift=side(state, "input_blocks.1.0.emb_layers.1.weight", 0) == 2 * widths[0],
+                updown=levels > 1 and not any(name.endswith(".0.op.weight") for name in state),
+                classes=side(state, "label_emb.weight", 0),
+                pool=pool,
+                outputs=side(state, "out.2.weight" if is_unet else LAST[pool], 0),
+            )
+
+
+def read_pool(state: Mapping[str, Tensor]) -> str:
+    """Return how an encoder makes its outputs: one of `knife.unet.POOLS`."""
+    if "out.2.positional_embedding" in state:
+        return "attention"
+    if "out.3.weight" not in state:
+        return "spatial"
+    return "mean" if state["out.3.weight"].ndim == 4 else "spatial-norm"
+
+
+def misfit(arch: Architecture, state: Mapping[str, Tensor], is_unet: bool, size: tuple[int, int] | None) -> str:
+    """Say where the weights of a file differ from an architecture; nothing if they fit."""
+    size = size or size_of_pool(state, arch) or (arch.factor(), arch.factor())
+    with torch.device("meta"):
+        ends = input_channels(state), arch.outputs or 1
+        net = UNet(arch, *ends) if is_unet else Encoder(arch, *ends, size)
+    return "; ".join(visible_differences(net, foreign_names(net), state))
+
+
+def side(state: Mapping[str, Tensor], name: str, axis: int) -> int:
+    """Return the length of a tensor along an axis; 0 if there is none."""
+    tensor = state.get(name)
+    return tensor.shape[axis] if tensor is not None and tensor.ndim > axis else 0
+
+
+def size_of_pool(state: Mapping[str, Tensor], arch: Architecture) -> tuple[int, int] | None:
+    """Return the image size that an attention pool was made for, which has a position for each pixel and the mean."""
+    edge = math.isqrt(max(side(state, "out.2.positional_embedding", 1) - 1, 0))
+    return (edge * arch.factor(), edge * arch.factor()) if edge else None
+
+
+def usual_size(channels: int) -> tuple[int, int]:
+    """Return the image size of the paper's networks for so many channels.
+
+    Raises:
+        SettingsError: if it has none.
+    """
+    sizes = {row.channels: row.size for row in PRESETS.values() if row.name.startswith("paper-")}
+    if channels not in sizes:
+        raise SettingsError(f"--size: not told by weights for {channels} channels; give the image size in pixels.")
+    return sizes[channels]
+
+
+def check_heads(arch: Architecture) -> None:
+    """Refuse heads that do not divide the channels of every attention.
+
+    Raises:
+        SettingsError: naming the option.
+    """
+    attending = [m for level, m in enumerate(arch.mult) if arch.stem * 2**level in arch.attention]
+    for channels in (arch.width * m for m in (*attending, arch.mult[-1])):
+        if channels % (arch.head_width or arch.heads):
+            option = f"--head-width {arch.head_width}" if arch.head_width else f"--heads {arch.heads}"
+            raise SettingsError(
+                f"{option}: does not divide the {channels} channels of an attention; give --heads or --head-width as "
+                f"the network was trained."
+            )
+
+
+def fixed_outputs(kind: str, channels: int, count: int, path: Path) -> int | None:
+    """Return `Architecture.outputs` for a network of a kind that has so many: None where knife would build as many.
+
+    Raises:
+        ModelError: if a network of this kind cannot have so many.
+    """
+    fitting = {"diffusion": {2 * channels, channels}, "regress": {1}, "classify": {max(count, 2)}}.get(kind, {count})
+    if count not in fitting:
+        wanted = " or ".join(map(str, sorted(fitting)))
+        raise ModelError(
+            f"{path}: has {count} outputs, and --as {kind} needs {wanted}; give the kind it was trained as."
+        )
+    usual = {"diffusion": 2 * channels, "classify": count}.get(kind, 1)
+    return None if count == usual else count
 
 
 # --- Names ------------------------------------------------------------------------------------------------------------
@@ -200,17 +431,26 @@ def convert(state: Mapping[str, Tensor], card: Card, path: Path) -> dict[str, Te
     with torch.device("meta"):
         net = card.build()
     names = foreign_names(net)
-    differences = [*hidden_differences(net), *visible_differences(net, names, state)]
-    if differences:
+    found = [*hidden_differences(net), *visible_differences(net, names, state)]
+    if found:
         raise ModelError(
-            f"{path}: not the {card.kind} network that the preset describes: {'; '.join(differences)}. "
-            f"Give the preset and the kind it was trained as (knife presets)."
+            f"{path}: not the {card.kind} network that the preset describes: {'; '.join(found)}. "
+            f"Give the preset and the kind it was trained as (knife presets), or leave --preset out."
         )
-    broken = [theirs for theirs in names.values() if not state[theirs].isfinite().all()]
-    if broken:
-        raise ModelError(f"{path}: {', '.join(broken)} hold values that are not finite; its training diverged.")
+    check_finite(state, path)
     shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     return {ours: state[theirs].to(torch.float32, copy=True).reshape(shapes[ours]) for ours, theirs in names.items()}
+
+
+def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights of which some are no numbers.
+
+    Raises:
+        ModelError: naming them.
+    """
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"{path}: {', '.join(broken)} hold values that are not finite; its training diverged.")
 
 
 def hidden_differences(net: nn.Module) -> Iterator[str]:
@@ -224,7 +464,11 @@ def hidden_differences(net: nn.Module) -> Iterator[str]:
 
 def visible_differences(net: nn.Module, names: Mapping[str, str], state: Mapping[str, Tensor]) -> Iterator[str]:
     """Yield which tensors are missing from a file, which it has besides, and which are of another shape."""
-    wanted = {names[name]: foreign_shape(name, tensor.shape) for name, tensor in net.state_dict().items()}
+    yield from differences({names[k]: foreign_shape(k, tensor.shape) for k, tensor in net.state_dict().items()}, state)
+
+
+def differences(wanted: Mapping[str, Sequence[int]], state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield in which tensors a file differs from the names and shapes that are wanted."""
     missing = [name for name in wanted if name not in state]
     if missing:
         yield f"it lacks {', '.join(missing)}"
@@ -232,8 +476,8 @@ def visible_differences(net: nn.Module, names: Mapping[str, str], state: Mapping
     if unexpected:
         yield f"it also has {', '.join(unexpected)}"
     for name, shape in wanted.items():
-        if name in state and list(state[name].shape) != shape:
-            yield f"{name} is {list(state[name].shape)}, in the preset {shape}"
+        if name in state and list(state[name].shape) != list(shape):
+            yield f"{name} is {list(state[name].shape)} instead of {list(shape)}"
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,7 @@ interrupted.
 import copy
 import json
 import math
-import os
 import platform
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,13 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from knife import __version__, data
+from knife import __version__, data, layouts
+from knife.balance import Strata, capped, strata
 from knife.checkpoint import Card, describe, read_about, read_tensors, ready, save, write_safely
 from knife.ddim import decode, gradient
 from knife.ddpm import hybrid_loss
 from knife.devices import enough_memory, precision
 from knife.errors import InputError, ModelError, SettingsError, TaskError
+from knife.files import room
 from knife.panel import curve, grid
+from knife.prepared import Shape, key, prepared
 from knife.schedule import Schedule, noise, path, timestep
 from knife.spec import preset
 from knife.tasks import Task, task
@@ -43,10 +44,11 @@ T = TypeVar("T")
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]  # (net, x0, label, level, eps) -> scalar
 Example = tuple[Tensor, Tensor]  # image [C, H, W] and its label
 FREE = ("steps", "every", "device", "accumulate", "command", "tensorboard")  # may differ when a run is resumed
+PREPARED = ".prepared"  # the folder beside the data sets' that keeps decoded images
 PATIENCE = 10  # steps in a row whose loss or gradient is not finite, before a run gives up
 LOG_EVERY = 20  # steps a line of the log
 VALIDATED_ON = 64  # images at most
-NOISE, EPOCH, SHEET, CURVE, STEEPNESS, CHOICE, NETWORK = range(7)  # what random numbers are drawn for
+NOISE, EPOCH, SHEET, CURVE, STEEPNESS, CHOICE, NETWORK, CAP, MATCH = range(9)  # what random numbers are drawn for
 BYTES_A_PARAMETER = 36  # the model 4, the state 16, and a new state beside the old one until it takes its place
 
 
@@ -69,6 +71,11 @@ class Run:
     seed: int = 0
     schedule: str = "linear"
     label: str | None = None
+    layout: str | None = None  # of the data folder; None: whichever fits
+    slices: tuple[int, int] | None = None  # of a volume, first and last + 1; None: all
+    min_brain: float = 0.0  # least share of the image that a volume's slice must show
+    balance: bool = False  # show every class, or tenth of the label's range, equally often
+    cap: int | None = None  # images of one class or value at most
     device: str = "cpu"
     accumulate: int = 1  # split each batch into so many parts
     every: int = 500  # steps between checkpoints and sheets
@@ -85,6 +92,14 @@ class Run:
         for option, value in {"steps": self.steps, "batch-size": self.batch, "every": self.every}.items():
             if value < 1:
                 raise SettingsError(f"--{option} {value}: give 1 or more.")
+        if self.slices and not 0 <= self.slices[0] < self.slices[1]:
+            raise SettingsError(f"--slices {self.slices[0]}:{self.slices[1]}: give the first slice and the last + 1.")
+        if not 0 <= self.min_brain < 1:
+            raise SettingsError(f"--min-brain {self.min_brain:g}: give a share of the image, from 0 to below 1.")
+        if self.cap is not None and self.cap < 1:
+            raise SettingsError(f"--cap {self.cap}: give 1 or more.")
+        if self.kind == "diffusion" and (self.balance or self.cap):
+            raise SettingsError("--balance and --cap: a diffusion model has no labels to go by; give them to a task.")
         if not 0 <= self.seed < 2**32:
             raise SettingsError(f"--seed {self.seed}: give 0 to {2**32 - 1}.")
         if not 1 <= self.accumulate <= self.batch:
@@ -102,7 +117,8 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must agree on."""
-        return {k: v for k, v in asdict(self).items() if k not in (*FREE, "data", "models")}
+        values = {**asdict(self), "slices": self.slices and [*self.slices]}  # as JSON gives it back
+        return {k: v for k, v in values.items() if k not in (*FREE, "data", "models")}
 
 
 @dataclass(frozen=True)
@@ -148,10 +164,11 @@ class Job:
     examples: Sequence[Example]
     validation: Sequence[Example]
     validated_on: str
-    folder: data.Folder
+    folder: layouts.Folder
     skipped: Mapping[str, str]
     fingerprint: str
     inventory: Mapping[str, str]
+    strata: Strata | None = None  # by which images are balanced, if they are
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -207,19 +224,25 @@ def train(run: Run, watch: Watch, stop: Callable[[], bool] = lambda: False) -> i
 def prepare(run: Run, watch: Watch) -> Job:
     """Read the data, and let the task look at its labels."""
     plan, kind = preset(run.preset), None if run.kind == "diffusion" else task(run.kind)
-    folder = data.open_folder(run.data)
+    folder = layouts.open_folder(run.data, run.layout, run.slices)
     entries = folder.split("train")
     others = some(folder.split("val")) if kind else []  # a diffusion model shows samples of its own
     channels = data.channels_of(entries)
     card = Card(run.kind, run.dataset, plan.spec(run.kind, channels), Schedule(run.schedule))
-    read = partial(data.load, size=card.spec.size, value_range=card.spec.value_range, channels=channels)
+    spec = card.spec
+    read = partial(data.load, size=spec.size, value_range=spec.value_range, channels=channels, min_brain=run.min_brain)
     first, total = len(entries), len(entries) + len(others)
-    loaded = read(entries, progress=lambda done: watch.loading(done, total))
+    refuse_full_disk(run.path.parent, 0)
+    inventory = data.inventory(entries)
+    form = {"size": spec.size, "range": spec.value_range, "channels": channels, "min_brain": run.min_brain}
+    place, shape = run.models / PREPARED / key(inventory, form), Shape(len(channels), *spec.size)
+    loaded = prepared(place, entries, shape, read, lambda done: watch.loading(done, total))
     held_out = read(others, progress=lambda done: watch.loading(first + done, total))
     refuse_too_few(run, loaded)
     card = replace(card, config=kind.configure(loaded.cases, run.label) if kind else {})
     examples, validation = (labelled(kind, part, card.config) for part in (loaded, held_out))
     refuse_too_few(run, loaded)
+    examples, kinds = sampled(run, examples, loaded, entries if "classes" in card.config else [])
     return Job(
         run=run,
         card=card,
@@ -230,8 +253,23 @@ def prepare(run: Run, watch: Watch) -> Job:
         folder=folder,
         skipped={**folder.skipped, **loaded.skipped, **held_out.skipped},
         fingerprint=data.fingerprint(entries),
-        inventory=data.inventory(entries),
+        inventory=inventory,
+        strata=kinds,
     )
+
+
+def sampled(
+    run: Run, examples: list[Example], loaded: data.Loaded, sliced: Sequence[layouts.Entry]
+) -> tuple[list[Example], Strata | None]:
+    """Leave out what --cap says, and sort what stays for --balance, by the heights of entries in `sliced` too."""
+    names = [case.name for case in loaded.cases]
+    if run.cap is not None:
+        kept = capped([label for _, label in examples], run.cap, generator(run.seed, 0, CAP))
+        examples, names = [examples[i] for i in kept], [names[i] for i in kept]
+    if not run.balance:
+        return examples, None
+    heights = {entry.name: entry.height for entry in sliced}
+    return examples, strata([label for _, label in examples], [heights.get(name) for name in names])
 
 
 def validated_on(kind: Task | None, set_apart: int) -> str:
@@ -311,13 +349,13 @@ def budget(state: State, job: Job) -> Budget:
 
 def refuse_full_disk(folder: Path, need: int) -> None:
     """Refuse a folder that cannot be written to or has too little room, before hours are spent."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ModelError(f"--models: {there} cannot be written to; allow it, or give another folder.")
-    free = shutil.disk_usage(there).free
+    try:
+        free = room(folder)
+    except OSError as error:
+        raise ModelError(f"--models: {error.filename} is {error.strerror}; allow it, or give another one.") from error
     if free < need:
         raise ModelError(
-            f"--models: {there} has {free / 2**20:.0f} MiB free, and checkpoints need {need / 2**20:.0f}; make room."
+            f"--models: {folder} has {free / 2**20:.0f} MiB free, and checkpoints need {need / 2**20:.0f}; make room."
         )
 
 
@@ -347,9 +385,15 @@ def order_of(seed: int, epoch: int, count: int) -> list[int]:
     return torch.randperm(count, generator=generator(seed, epoch, EPOCH)).tolist()
 
 
-def batch_of(step: int, run: Run, count: int) -> list[int]:
-    """Return which images a step sees: every epoch is a permutation of its own, and runs on into the next."""
+def batch_of(step: int, run: Run, count: int, kinds: Strata | None = None) -> list[int]:
+    """Return which images a step sees: every epoch is a permutation of its own, and runs on into the next.
+
+    Balanced, each image of the permutation brings one of every other kind with it.
+    """
     places = range(step * run.batch, (step + 1) * run.batch)
+    if kinds:
+        order, random = partial(order_of, run.seed), partial(generator, run.seed, purpose=MATCH)
+        return [kinds.draw(place, order, random) for place in places]
     epochs = {i // count for i in places}
     orders = {epoch: order_of(run.seed, epoch, count) for epoch in epochs}
     return [orders[i // count][i % count] for i in places]
@@ -364,7 +408,7 @@ def draw(run: Run, step: int, x0: Tensor, T: int) -> tuple[Tensor, Tensor]:
 def backward(net: nn.Module, step: int, job: Job) -> float:
     """Compute the gradients of one batch, in as many parts as `run.accumulate` says; return the loss."""
     run, loss = job.run, loss_of(job.task, job.card.schedule)
-    x0, labels = stacked([job.examples[i] for i in batch_of(step, run, len(job.examples))])
+    x0, labels = stacked([job.examples[i] for i in batch_of(step, run, len(job.examples), job.strata)])
     level, eps = draw(run, step, x0, job.card.schedule.T)
     torch.manual_seed(seed_of(run.seed, step, NETWORK))  # for networks that draw on their own, as dropout does
     total = 0.0
@@ -478,7 +522,8 @@ def restore(state: State, before: Path, job: Job) -> None:
 def compare(about: Mapping[str, Any], job: Job) -> list[str]:
     """Return in words what differs between an earlier run and this one."""
     then, now = about["settings"], job.settings
-    found = [f"{k}: {v} then, {now.get(k)} now" for k, v in then.items() if k != "data" and v != now.get(k)]
+    differ = [k for k in {**then, **now} if k != "data" and (then.get(k) or None) != (now.get(k) or None)]
+    found = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in differ]
     files = about.get("files")
     if files is not None and files != job.inventory:
         added, removed = job.inventory.keys() - files.keys(), files.keys() - job.inventory.keys()
@@ -558,6 +603,7 @@ def origin(job: Job) -> dict[str, Any]:
         "command": job.run.command,
         "images": len(job.examples),
         "layout": job.folder.layout,
+        "split": job.folder.split_sha256,
         "knife": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -3,88 +3,37 @@
 Everything is read and checked before the first network call, so that a refusal leaves nothing behind.
 """
 
-import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from knife import __version__, ops, panel, tasks
-from knife.checkpoint import STARTER, Stored, check_fit, describe, digest, load
-from knife.data import sequences
-from knife.ddim import decode, encode
+from knife import __version__, dicom, ops, outputs, stacks, tasks
+from knife.checkpoint import load
+from knife.ddim import Scale, balanced, decode, encode
 from knife.devices import enough_memory, resolve_device
-from knife.errors import InputError, KnifeError, ModelError, SettingsError
-from knife.image import NIFTI, SUFFIXES, Image, Picture, is_image, output_name, read, sequence_of, write, write_safely
+from knife.errors import InputError, KnifeError, SettingsError
+from knife.image import NIFTI, Image, check_dtype, is_image, read, sequence_of
+from knife.layouts import sequences
+from knife.outputs import Files, Translation, Unit, destinations, without_folder
+from knife.pairs import Pair, choose, model_record, unnamed
 from knife.schedule import path, timestep
+from knife.settings import DEFAULTS, Settings
+from knife.stacks import Stack, open_stack
+from knife.volume import axial_count, open_volume
 
 Place = str | Path
 Numbers = dict[str, list[float]]  # what a guide sees: a name, a number for each image
 LOOKS = 10  # times that the guide is asked along the way
 ABSURD = 1e6  # no pixel of a noisy image comes near this
-LONGEST_STEM = 120  # bytes of an input's name that the names of its results keep
 SYNTHETIC = "made by a generative model; for research, not for diagnosis"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a translation walks."""
-
-    noise_level: int = 400  # L: how far an image is encoded
-    steps: int = 100  # of encoding, and again of decoding
-    scale: float | None = None  # the paper's s; None: `strength` over the steepness measured when the guide was trained
-    strength: float = 0.12  # size of the guidance against that of the noise prediction
-    batch_size: int = 8
-    clamp: bool = False  # keep the predicted clean image x0 within the value range while decoding
-
-
-DEFAULTS = Settings()
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A diffusion model, and the guide beside it."""
-
-    diffusion: Stored
-    guide: Stored
-
-    @property
-    def folder(self) -> Path:
-        """Return the folder of both; its name is the word after --dataset."""
-        return self.guide.path.parent
-
-    @property
-    def shipped(self) -> bool:
-        """Tell whether knife brought these models along."""
-        return self.folder.parent == STARTER
-
-
-class Files(NamedTuple):
-    """Where one image's results go."""
-
-    image: Path  # a folder, where the input was several files
-    difference: Path
-    panel: Path
-    record: Path
-
-
-@dataclass(frozen=True, eq=False)
-class Translation:
-    """One translated image: what came in, what came out, and how."""
-
-    source: Image
-    result: Image
-    change: Tensor  # [C, h, w] in the model's units, on the model's grid
-    target: Tensor  # as the task understands it
-    record: dict[str, Any]
-    files: Files | None = None  # None: nothing was written
 
 
 @dataclass(frozen=True)
@@ -112,7 +61,7 @@ class Job:
 
     task: tasks.Task
     pair: Pair
-    settings: Settings  # with nothing left open
+    settings: Settings
     device: str
     net: nn.Module
     guide: nn.Module
@@ -129,6 +78,7 @@ def translate(
     models: Place | None = "models",
     dataset: str | None = None,
     settings: Settings = DEFAULTS,
+    slices: stacks.Span | None = None,
     device: str = "auto",
     started: Callable[[Mapping[str, Any]], None] = lambda about: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -136,20 +86,23 @@ def translate(
     """Translate images so that a task's prediction becomes the target.
 
     Args:
-        images: a file, a folder of images, a folder with one file for each MR sequence, or several of these.
+        images: a file, a folder of images, a folder with one file for each MR sequence, or several of these; what
+            is 3-D is translated slice by slice, and written as a volume again.
         task: the task that guides: regress, classify, segment or a plugin's.
         target: the wanted value in the task's own terms, such as 0.3, healthy, mask.nii.
         out: the folder to write results, difference maps, panels and records into; None writes nothing.
         models: the folder of trained models; where it has none that fit, or None is given, the shipped ones serve.
         dataset: the name of the models' folder, if several fit.
         settings: noise level, steps, scale and the like.
+        slices: which axial slices of volumes, first and last + 1; None: all that show enough brain. A lone one is
+            written as an image too.
         device: auto, cpu, cuda or cuda:N.
-        started: called once before the first step with what each record begins with, the number of `images`, and the
-            masks in folders that were `left_out`.
+        started: called once before the first step with what each record begins with, the number of `images` to
+            do, how many slices an earlier call has `done`, and the masks in folders that were `left_out`.
         progress: called with (steps done, steps in all) after every step of a batch.
 
     Returns:
-        One translation for each image, in the order given; the images of a folder by name.
+        One translation for each image or slice, in the order given; the images of a folder by name.
 
     Raises:
         KnifeError: before anything is computed or written, if an input, a target, a model or a setting cannot be used;
@@ -158,31 +111,51 @@ def translate(
     kind = tasks.task(task)
     where, why = resolve_device(device)
     found, left_out = expand(images)
-    sources = [read(files) for files in found]
-    pair = choose(task, sources, None if models is None else Path(models), dataset)
-    settings = resolve(settings, pair)
+    sources = [opened(files, slices) for files in found]
+    groups = [source.images if isinstance(source, Stack) else [source] for source in sources]
+    pair = choose(task, [*chain(*groups)], None if models is None else Path(models), dataset)
+    check(settings, pair)
     card = pair.guide.card
-    targets = [kind.target(target, image, card.spec, card.config) for image in sources]
-    plans = None if out is None else destinations(sources, task, target, Path(out))
+    targets = [[kind.target(target, image, card.spec, card.config) for image in group] for group in groups]
+    places = [source.source for source in sources]
+    plans = [None] * len(places) if out is None else destinations(places, task, target, Path(out))
     about = {
         "knife": __version__,
         "torch": torch.__version__,
         "synthetic": SYNTHETIC,
         "task": task,
         "target": without_folder(target),
-        "settings": asdict(settings),
+        "settings": asdict(settings) | ({} if settings.scale is None else {"strength": None}),
         "models": [{**model_record(stored), "shipped": pair.shipped} for stored in (pair.diffusion, pair.guide)],
         "device": f"{where}: {why}",
         "ops": ops.status(where.split(":")[0]).path,
     }
-    total = 2 * settings.steps * -(-len(sources) // settings.batch_size)
+    units = [unit_of(*parts, about, card.spec.value_range) for parts in zip(sources, targets, plans, strict=True)]
+    images_todo = [image for unit in units for image, _ in unit.todo]
+    total = 2 * settings.steps * -(-len(images_todo) // settings.batch_size)
     ticks = iter(range(1, total + 1))
     with enough_memory(where, "the models do", "give --device cpu, or use smaller ones"):
         nets = load(pair.diffusion, where), load(pair.guide, where)
-    started({**about, "images": len(sources), "left_out": [mask.name for mask in left_out]})
+    counts = {"images": len(images_todo), "done": sum(unit.done for unit in units)}
+    started({**about, **counts, "left_out": [mask.name for mask in left_out]})
     job = Job(kind, pair, settings, where, *nets, about, lambda: progress(next(ticks), total))
-    results = run(job, sources, targets)
-    return list(results) if plans is None else [save(one, files) for one, files in zip(results, plans, strict=True)]
+    results = run(job, images_todo, [wanted for unit in units for _, wanted in unit.todo])
+    return [one for unit in units for one in unit.deliver(islice(results, len(unit.todo)))]
+
+
+def unit_of(
+    source: Image | Stack,
+    targets: Sequence[Tensor],
+    files: Files | None,
+    about: Mapping[str, Any],
+    value_range: tuple[float, float],
+) -> Unit:
+    """Return what is to do of an input; of a stack that is not written, all."""
+    if isinstance(source, Image):
+        return outputs.unit(source, targets[0], files, about["settings"]["dtype"])
+    if files is None:
+        return Unit(list(zip(source.images, targets, strict=True)), list)
+    return stacks.unit(source, targets, files, about, value_range)
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs
@@ -192,7 +165,7 @@ def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], lis
     """Return the files of each image that files and folders stand for, and the masks that were left out.
 
     A folder stands for the images in it, but masks (by their names), and for those of its subfolders that hold one file
-    for each MR sequence.
+    for each MR sequence; a folder of DICOM files, or of such folders named by MR sequences, for one volume.
 
     Raises:
         InputError: if there are none, a folder cannot be listed, or a case in it is incomplete.
@@ -204,16 +177,36 @@ def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], lis
         if not os.path.isdir(place):
             found.append((place,))
             continue
-        here, masks = grouped(place, listed(place))
-        folders = [inside for inside in listed(place) if inside.is_dir()]
+        inside = listed(place)
+        if series := dicom.case_of(place):
+            found.append(series)
+            continue
+        here, masks = grouped(place, inside)
+        folders = [path for path in inside if path.is_dir()]
         cases = [case for folder in folders for case in grouped(place, listed(folder))[0] if len(case) > 1]
         if not here + cases:
-            raise InputError(f"{place}: no images in this folder; give one of NIfTI, PNG, JPEG or TIFF files.")
+            raise InputError(f"{place}: no images in this folder; give one of NIfTI, PNG, JPEG, TIFF or DICOM files.")
         found += here + cases
         left_out += masks
     if not found:
         raise InputError("no image given; name at least one file or folder.")
     return found, left_out
+
+
+def opened(files: Sequence[Path], slices: stacks.Span | None) -> Image | Stack:
+    """Read an image, or a volume, of which some slices will be translated.
+
+    Raises:
+        InputError: if it cannot be read, or `slices` are asked of an image that is none of a volume.
+    """
+    if files[0].is_dir():
+        return open_stack(dicom.open_case(files), slices)
+    is_volume = files[0].name.lower().endswith(NIFTI) and axial_count(files[0]) is not None
+    if is_volume:
+        return open_stack(open_volume(files), slices)
+    if slices is not None:
+        raise InputError(f"--slices: {files[0]} is a single slice and no volume; leave the option out.")
+    return read(files)
 
 
 def listed(folder: Path) -> list[Path]:
@@ -236,7 +229,7 @@ def grouped(root: Path, paths: Sequence[Path]) -> tuple[list[tuple[Path, ...]], 
     """
     files = [path for path in paths if is_image(path) and not path.is_dir()]
     found = sequences(root, files)
-    if found is None:
+    if isinstance(found, str):
         told = {path: sequence_of(path) for path in files}
         masks = [path for path, sequence in told.items() if sequence is not None and sequence.name == "seg"]
         return [(path,) for path in files if path not in masks], masks
@@ -245,110 +238,37 @@ def grouped(root: Path, paths: Sequence[Path]) -> tuple[list[tuple[Path, ...]], 
     return [entry.files for entry in found.entries], []
 
 
-# -------------------------------------------------------------------------------------------------------------- models
-
-
-def choose(task: str, images: Sequence[Image], models: Path | None, dataset: str | None) -> Pair:
-    """Return the models to use: those in `models` that have the task and fit the images, else the shipped ones.
-
-    A model file that cannot be read counts as missing while another fits; it is never passed over for a shipped one.
+def check(settings: Settings, pair: Pair) -> None:
+    """Refuse settings that the models cannot walk by.
 
     Raises:
-        ModelError: if none fit, several do and `dataset` does not choose, or guide and diffusion model do not fit.
+        SettingsError: if a setting is impossible, or neither a scale is given nor a steepness known.
     """
-    if models is not None and models != Path("models") and not models.is_dir():
-        raise ModelError(f"--models {models}: no such folder; give one that holds trained models.")
-    reasons: list[str] = []
-    for folder in (models, STARTER):
-        pairs, broken = ([], []) if folder is None else pairs_in(folder, task, dataset)
-        problems = [misfit(pair, images) for pair in pairs]
-        fitting = [pair for pair, problem in zip(pairs, problems, strict=True) if not problem]
-        if len(fitting) > 1:
-            names = ", ".join(pair.folder.name for pair in fitting)
-            raise ModelError(f"--dataset: several models in {folder} fit the images; give one of {names}.")
-        if fitting:
-            check_fit(fitting[0].diffusion, fitting[0].guide)
-            return fitting[0]
-        if broken:
-            raise broken[0]
-        reasons += problems
-    here, named = models or "knife's own", f" under the name {dataset}" if dataset else ""
-    advice = f"run `knife train diffusion` and `knife train {task}`, or see `knife models list`"
-    raise ModelError(reasons[0] if reasons else f"task {task}: no trained models in {here}{named}; {advice}.")
-
-
-def pairs_in(models: Path, task: str, dataset: str | None) -> tuple[list[Pair], list[ModelError]]:
-    """Return the diffusion models in a folder that have a guide of the task beside them, and what cannot be read."""
-    pairs, broken = [], []
-    for folder in sorted(place for place in models.glob("*") if dataset in (None, place.name)):
-        files = [folder / f"{kind}.safetensors" for kind in ("diffusion", task)]
-        if all(os.path.lexists(file) for file in files):
-            try:
-                pairs.append(Pair(*map(described, files)))
-            except ModelError as error:
-                broken.append(error)
-    return pairs, broken
-
-
-def described(file: Path) -> Stored:
-    """Read the card of a model that must be of the kind its file is named by.
-
-    Raises:
-        ModelError: if it cannot be read or is of another kind.
-    """
-    stored = describe(file)
-    if stored.card.kind != file.stem:
-        raise ModelError(f"{file}: a model of kind {stored.card.kind} under the wrong name; rename it, or remove it.")
-    return stored
-
-
-def misfit(pair: Pair, images: Sequence[Image]) -> str:
-    """Say why a model does not fit the images, or nothing if it does."""
-    wanted = pair.diffusion.card.spec.channels
-    whose = f"the shipped model {pair.folder.name}" if pair.shipped else f"{pair.folder}"
-    trained = f"but {whose} was trained on {len(wanted)} ({', '.join(wanted)})"
-    for image in images:
-        found, name = image.channels, image.source.paths[0].name
-        if len(found) != len(wanted):
-            count = f"{len(found)} channel{'s' * (len(found) != 1)}"
-            return f"{name}: {count}, {trained}; give such an image, or a folder with one file for each."
-        if found != wanted and not (unnamed(found) or unnamed(wanted)):
-            return f"{name}: its channels are {', '.join(found)}, {trained}; give such an image."
-    return ""
-
-
-def unnamed(channels: Sequence[str]) -> bool:
-    """Tell whether channels have numbers for names, because no file told any."""
-    return all(name.isdigit() for name in channels)
-
-
-def model_record(stored: Stored) -> dict[str, Any]:
-    """Return what a record says of a model: which it is, how long it was trained, and the hash of its file."""
-    about = {"dataset": stored.card.dataset, "kind": stored.card.kind, "steps": stored.card.training.get("step")}
-    return {**about, "sha256": digest(stored.path)}
-
-
-def resolve(settings: Settings, pair: Pair) -> Settings:
-    """Return the settings with nothing left open.
-
-    Raises:
-        SettingsError: if a setting is impossible, or no scale is given and none was measured.
-    """
-    T, steepness = pair.diffusion.card.schedule.T, pair.guide.card.guidance.get("gradient", 0.0)
+    T = pair.diffusion.card.schedule.T
     if not 1 <= settings.noise_level <= T:
         raise SettingsError(f"--noise-level {settings.noise_level}: give a level from 1 to {T}.")
     path(settings.noise_level, settings.steps)
     if settings.batch_size < 1:
         raise SettingsError(f"--batch-size {settings.batch_size}: give 1 or more.")
+    check_dtype(settings.dtype)
     for option, value in (("--scale", settings.scale), ("--strength", settings.strength)):
         if value is not None and not 0 <= value < math.inf:
             raise SettingsError(f"{option} {value:g}: give a number from 0 on.")
-    if settings.scale is not None:
-        return replace(settings, strength=settings.scale * steepness)
-    if not 0 < steepness < math.inf:
+    if settings.scale is None and not 0 < steepness_of(pair) < math.inf:
         file = f"{pair.folder.name}/{pair.guide.path.name}"
-        raise SettingsError(f"--scale: none was measured for {file}; give the paper's s, such as 100.")
-    return replace(settings, scale=settings.strength / steepness)
+        raise SettingsError(f"--strength: no steepness is known of {file}; give --scale, the paper's s, such as 100.")
+
+
+def steepness_of(pair: Pair) -> float:
+    """Return how steep the guide's score usually is, 0 if nobody measured it."""
+    return pair.guide.card.guidance.get("gradient", 0.0)
+
+
+def scale_of(settings: Settings, pair: Pair) -> float | Scale:
+    """Return what multiplies the gradient."""
+    if settings.scale is not None:
+        return settings.scale
+    return balanced(settings.strength, steepness_of(pair)) if settings.strength else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
@@ -388,7 +308,7 @@ def translate_batch(job: Job, images: Sequence[Image], targets: Tensor) -> list[
     noisy = encode(job.net, x, card.schedule, levels, lambda level, x: job.tick())
     along = [(levels[-1], look(job, levels[-1], noisy, wanted))]
     clamp, score = value_range if settings.clamp else None, job.task.score(job.guide, wanted)
-    y = decode(job.net, noisy, card.schedule, levels, score, settings.scale or 0.0, clamp, track)
+    y = decode(job.net, noisy, card.schedule, levels, score, scale_of(settings, job.pair), clamp, track)
     change = (y - x).cpu()
     results = [image.plus(delta, value_range) for image, delta in zip(images, change, strict=True)]
     after = look(job, 0, stacked(job, results), wanted)  # what was written, and not what the walk ended with
@@ -418,7 +338,9 @@ def check_sane(job: Job, images: Sequence[Image], level: int, x: Tensor) -> None
     if not all(fine):
         names = ", ".join(i.source.paths[0].name for i, ok in zip(images, fine, strict=True) if not ok)
         found = f"values beyond {ABSURD:g} at level {level}"
-        raise KnifeError(f"{names}: {found}; give a smaller --scale than {job.settings.scale:g}.")
+        scale, strength = job.settings.scale, job.settings.strength
+        given = f"--strength than {strength:g}" if scale is None else f"--scale than {scale:g}"
+        raise KnifeError(f"{names}: {found}; give a smaller {given}.")
 
 
 def image_record(pair: Pair, image: Image) -> dict[str, Any]:
@@ -428,113 +350,3 @@ def image_record(pair: Pair, image: Image) -> dict[str, Any]:
         "channels": list(pair.diffusion.card.spec.channels if unnamed(image.channels) else image.channels),
         "window": [[float(f"{end:.6g}") for end in ends] for ends in image.window.tolist()],
     }
-
-
-# -------------------------------------------------------------------------------------------------------------- outputs
-
-
-def destinations(sources: Sequence[Image], task: str, target: str, out: Path) -> list[Files]:
-    """Return where each image's results go, named by input, task and target, and numbered where names would clash.
-
-    Raises:
-        InputError: if an input or the target would be overwritten.
-        SettingsError: if the folder cannot be written to.
-    """
-    there = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise SettingsError(f"-o {out}: {there} is no folder that can be written to; give another one.")
-    inputs: list[Place] = [*(file for image in sources for file in image.source.paths), target]
-    taken = {identity(file) for file in inputs if os.path.exists(file)}
-    word, names, plans = target_word(target), set[str](), []
-    for image in sources:
-        stem, suffix = output_name(image)
-        name = unused(f"{safe(stem)}_{task}_{word}", names)
-        files = files_of(out, name, suffix)
-        within = [files.image / own.name for own in image.source.paths] if not suffix else []
-        for file in (*files, *within):
-            if os.path.exists(file) and identity(file) in taken:
-                raise InputError(f"{file}: this is an input, and inputs are never overwritten; give another -o.")
-        plans.append(files)
-    return plans
-
-
-def files_of(out: Path, name: str, suffix: str) -> Files:
-    """Return the files of one image's results; the difference map is NIfTI beside NIfTI, else PNG."""
-    map_suffix = suffix if suffix.lower() in NIFTI else ".png" if suffix else ".nii.gz"
-    ends = (suffix, f"_difference{map_suffix}", "_panel.png", ".json")
-    return Files(*(out / f"{name}{end}" for end in ends))
-
-
-def identity(file: Place) -> tuple[int, int]:
-    """Return what a file is known by, whatever the path to it."""
-    status = os.stat(file)
-    return status.st_dev, status.st_ino
-
-
-def without_folder(target: str) -> str:
-    """Return a target as the user gave it, but of a file its name alone: no record tells where files lie."""
-    return Path(target).name or target if os.path.exists(target) or os.path.isabs(target) else target
-
-
-def target_word(target: str) -> str:
-    """Return a target as a part of a file name: "more" for +, "less" for -, a file's name without its suffix."""
-    word = without_folder(target)
-    for suffix in SUFFIXES:
-        word = word[: -len(suffix)] if word.lower().endswith(suffix) else word
-    return {"+": "more", "-": "less"}.get(word, re.sub(r"[^A-Za-z0-9.+-]+", "-", word)[:40])
-
-
-def safe(stem: str) -> str:
-    """Return an input's stem with nothing unprintable in it, and short enough to have an ending added."""
-    printable = "".join(c if c.isprintable() else "_" for c in stem)
-    return printable.encode()[:LONGEST_STEM].decode(errors="ignore")
-
-
-def unused(name: str, names: set[str]) -> str:
-    """Return a name that is not among `names` yet, numbered if need be, and add it to them."""
-    numbered = (name if count == 1 else f"{name}_{count}" for count in range(1, len(names) + 2))
-    free = next(one for one in numbered if one.lower() not in names)  # some file systems do not tell X from x
-    names.add(free.lower())
-    return free
-
-
-def save(translation: Translation, files: Files) -> Translation:
-    """Write the result, the difference map, the panel and, last, the record; return the translation with its files.
-
-    Raises:
-        SettingsError: if the disk refuses.
-    """
-    source, result = translation.source, translation.result
-    difference = (result.pixels - source.pixels).abs().sum(0, keepdim=True)  # the paper's map: summed over channels
-    peak = float(difference.max())
-    about = {
-        "files": [file.name for file in files],
-        "difference": "sum over the channels of |output - input|"
-        + (f"; white is {peak:g}" if files.difference.suffix == ".png" else ", in the intensities of the file"),
-        "difference_peak": peak,
-    }
-    translation = replace(translation, record={**translation.record, **about}, files=files)
-    text = json.dumps(translation.record, indent=1, allow_nan=False) + "\n"
-    try:
-        write(result, files.image)
-        if isinstance(source.source.kind, Picture):
-            write_safely(files.difference, panel.png(panel.grey(difference[0], 0, peak)))
-        else:
-            write(source.like(difference), files.difference)
-        write_safely(files.panel, draw(translation))
-        write_safely(files.record, text.encode())
-    except OSError as error:
-        reason = f"cannot be written to ({error.strerror or error})"
-        raise SettingsError(f"-o {files.record.parent}: {reason}; make room, or allow it.") from error
-    return translation
-
-
-def draw(translation: Translation) -> bytes:
-    """Draw input, output and change within the input's window, with the wanted mask if the target is one."""
-    source, result, target, record = translation.source, translation.result, translation.target, translation.record
-    is_mask = target.shape == (1, *translation.change.shape[1:])
-    mask = source.from_grid(target.float())[0] > 0.5 if is_mask else None
-    seen = [f"{name} {record['before'][name]:.3g} -> {record['after'][name]:.3g}" for name in record["after"]]
-    title = ": ".join(filter(None, (f"{record['task']} {record['target']}", ", ".join(seen))))
-    before, after = source.normalised(None, (0, 1)), result.normalised(None, (0, 1))
-    return panel.translation(before, after, record["channels"], mask, title)

@@ -20,12 +20,15 @@ DISEASE = "mask"
 @hookimpl
 def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
     """Choose the label (a column of few words, else whether the mask is empty), and remember the class names."""
-    name = label or next(iter(word_columns(cases)), DISEASE if cases[0].mask is not None else None)
+    masks = any(case.mask is not None for case in cases)
+    name = label or next(iter(word_columns(cases)), DISEASE if masks else None)
     if name is None:
         raise InputError(
             "classify: the data hold neither classes nor masks to learn from; put each class into a folder of its own."
         )
-    classes = sorted({word(case, name) for case in cases})
+    classes = sorted({found for case in cases if (found := word_of(case, name)) is not None})
+    if not classes:
+        raise InputError(f"classify: no image has {name}; give another --label.")
     if len(classes) < 2:
         raise InputError(f"classify: every image has {name} = {classes[0]}; two classes are the least.")
     return {"label": name, "classes": classes}
@@ -34,7 +37,9 @@ def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
 @hookimpl
 def label(case: "Case", config: Mapping[str, Any]) -> Tensor:
     """Return the index of the case's class."""
-    found = word(case, config["label"])
+    found = word_of(case, config["label"])
+    if found is None:
+        raise InputError(f"{case.name}: has no {config['label']}, though others have one.")
     if found not in config["classes"]:
         raise InputError(f"{case.name}: {config['label']} is {found!r}, none of {', '.join(config['classes'])}.")
     return torch.tensor(config["classes"].index(found))
@@ -74,19 +79,18 @@ def evaluate(net: nn.Module, x: Tensor, t: Tensor, config: Mapping[str, Any]) ->
 
 
 def word_columns(cases: "Sequence[Case]") -> Iterator[str]:
-    """Yield the columns of at most a hundred different words, none of which is a fraction."""
-    for name in cases[0].values:
-        words = {case.values.get(name) for case in cases}
-        if len(words) <= 100 and all(w is not None and "." not in w for w in words):
+    """Yield the columns that half of the cases have, of at most a hundred different words, none of them a fraction."""
+    fullest_first = sorted(cases, key=lambda case: -len(case.values))  # it has the columns in their order
+    for name in dict.fromkeys(name for case in fullest_first for name in case.values):
+        words = [case.values[name] for case in cases if name in case.values]
+        if len(words) >= len(cases) / 2 and len({*words}) <= 100 and not any("." in word for word in words):
             yield name
 
 
-def word(case: "Case", name: str) -> str:
-    """Return a case's class: of a column, or whether its mask is empty."""
+def word_of(case: "Case", name: str) -> str | None:
+    """Return a case's class, of a column or whether its mask is empty; None if it has none."""
     if name != DISEASE:
-        if name not in case.values:
-            raise InputError(f"{case.name}: has no {name}, though --label names it.")
-        return case.values[name]
+        return case.values.get(name)
     if case.mask is None:
-        raise InputError(f"{case.name}: has no mask, though the others have one.")
+        return None
     return "diseased" if case.mask.any() else "healthy"

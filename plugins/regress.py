@@ -27,12 +27,15 @@ TUMOUR = "relative size of the mask"
 @hookimpl
 def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
     """Choose the label (a column of numbers, else the mask's share of the brain), and remember its range."""
-    name = label or next(iter(numeric_columns(cases)), TUMOUR if cases[0].mask is not None else None)
+    masks = any(case.mask is not None for case in cases)
+    name = label or next(iter(numeric_columns(cases)), TUMOUR if masks else None)
     if name is None:
         raise InputError(
             "regress: the data hold neither numbers nor masks to learn from; give a manifest with a column of numbers."
         )
-    values = [value(case, name) for case in cases]
+    values = [found for case in cases if (found := value_of(case, name)) is not None]
+    if not values:
+        raise InputError(f"regress: no image has a number as {name}; give another --label.")
     return {
         "label": name,
         "low": min(values),
@@ -45,7 +48,11 @@ def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
 @hookimpl
 def label(case: "Case", config: Mapping[str, Any]) -> Tensor:
     """Return the case's value in standard units."""
-    return torch.tensor((value(case, config["label"]) - config["mean"]) / config["std"])
+    name = config["label"]
+    found = value_of(case, name)
+    if found is None:
+        raise InputError(f"{case.name}: {name} is {case.values.get(name, 'missing')}, and no number.")
+    return torch.tensor((found - config["mean"]) / config["std"])
 
 
 @hookimpl
@@ -91,28 +98,28 @@ def evaluate(net: nn.Module, x: Tensor, t: Tensor, config: Mapping[str, Any]) ->
 
 
 def numeric_columns(cases: "Sequence[Case]") -> Iterator[str]:
-    """Yield the columns whose every value is a finite number."""
-    for name in cases[0].values:
-        if all(is_number(case.values.get(name)) for case in cases):
+    """Yield the columns in which at least half of the cases have a finite number."""
+    fullest_first = sorted(cases, key=lambda case: -len(case.values))  # it has the columns in their order
+    for name in dict.fromkeys(name for case in fullest_first for name in case.values):
+        if sum(number_of(case.values.get(name)) is not None for case in cases) >= len(cases) / 2:
             yield name
 
 
-def is_number(text: str | None) -> bool:
-    """Tell whether a text is a finite number."""
+def number_of(text: str | None) -> float | None:
+    """Return a text as a finite number, or None if it is none."""
     try:
-        return text is not None and math.isfinite(float(text))
+        number = math.nan if text is None else float(text)
     except ValueError:
-        return False
+        return None
+    return number if math.isfinite(number) else None
 
 
-def value(case: "Case", name: str) -> float:
-    """Return a case's number: of a column, or the mask's area over the brain's (all that is not background)."""
+def value_of(case: "Case", name: str) -> float | None:
+    """Return a case's number, of a column or the mask's area over the brain's; None if it has none."""
     if name != TUMOUR:
-        if not is_number(case.values.get(name)):
-            raise InputError(f"{case.name}: {name} is {case.values.get(name)!r}, not a number.")
-        return float(case.values[name])
+        return number_of(case.values.get(name))
     if case.mask is None:
-        raise InputError(f"{case.name}: has no mask, though the others have one.")
-    floor = case.pixels.amin((1, 2), keepdim=True)
+        return None
+    floor = case.pixels.amin((1, 2), keepdim=True)  # the brain is all that is not background
     brain = (case.pixels > floor + 0.05 * (case.pixels.amax((1, 2), keepdim=True) - floor)).any(0)
     return float(case.mask.sum() / brain.sum().clamp(min=1))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from knife.errors import InputError
+from knife.errors import InputError, TargetError
 from knife.hookspecs import hookimpl
-from knife.image import Image, read_mask
+from knife.image import Image
+from knife.masks import read_target_mask
 
 if TYPE_CHECKING:
     from knife.data import Case
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
 
 @hookimpl
 def configure(cases: "Sequence[Case]") -> dict[str, Any]:
-    """Check that every case has a mask."""
-    without = [case.name for case in cases if case.mask is None]
-    if without:
-        raise InputError(f"segment: {len(without)} of {len(cases)} images have no mask, {without[0]} among them.")
+    """Check that there are masks to learn from."""
+    if all(case.mask is None for case in cases):
+        raise InputError("segment: no image has a mask to learn from; put x_mask.png beside x.png.")
     return {"label": "mask"}
 
 
@@ -47,8 +47,13 @@ def train(net: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
 
 @hookimpl
 def target(text: str, image: Image, image_spec: "ImageSpec") -> Tensor:
-    """Read a mask file on the image's grid."""
-    return image.on_grid(read_mask(text, image), image_spec.size).round()
+    """Read a mask, from a file or a shape such as ellipse:120,100,20,15, and bring it onto the model's grid."""
+    mask = read_target_mask(text, image)
+    placed = image.on_grid(mask, image_spec.size).round()
+    if mask.any() and not placed.any():
+        size = " x ".join(map(str, image_spec.size))
+        raise TargetError(f"--target {text}: vanishes on the model's grid of {size} pixels; give a larger mask.")
+    return placed
 
 
 @hookimpl

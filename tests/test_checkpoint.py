@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save as serialise
 
-from knife import checkpoint, image
+from knife import checkpoint
 from knife.checkpoint import Card, Stored, check_fit, describe, digest, load, load_model, save, stored_models
 from knife.errors import KnifeError, ModelError, TaskError
 from knife.schedule import Schedule
@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ModelError, match=r"diffusion\.safetensors: cannot be written \(No space left on device\)"):
         store(path, replace(CARD, dataset="circles"))
     assert path.read_bytes() == before

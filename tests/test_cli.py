@@ -23,15 +23,15 @@ import torch
 from conftest import TINY
 
 import knife.train
-from knife import __version__, cli, demo, doctor, spec, translation
+from knife import __version__, cli, demo, doctor, pairs, spec, translation
 from knife.checkpoint import Card, describe
 from knife.cli import command_line, terminal
 from knife.image import read
 from knife.interop import foreign_names, foreign_shape
 from knife.phantom import phantom, write_dataset, write_nifti
 from knife.schedule import Schedule
+from knife.settings import DEFAULTS, Settings
 from knife.spec import ImageSpec, Preset, Training
-from knife.translation import DEFAULTS, Settings
 
 FEW = ("--noise-level", "10", "--steps", "5")
 
@@ -72,7 +72,7 @@ def run(monkeypatch, capsys, tmp_path) -> Run:
 @pytest.fixture
 def shipped(models, monkeypatch):
     """Let the tiny models be the shipped ones."""
-    for user in (translation, doctor):
+    for user in (pairs, doctor):
         monkeypatch.setattr(user, "STARTER", models)
 
 
@@ -92,7 +92,9 @@ def test_help_is_given_without_torch():
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["train", "translate", "demo", "phantom", "models import", "plugins new"])
+@pytest.mark.parametrize(
+    "command", ["train", "translate", "demo", "phantom", "models import", "models export", "plugins new"]
+)
 def test_every_command_has_help(run, command):
     done = run(*command.split(), "--help")
     assert done.code == 0
@@ -213,6 +215,47 @@ def test_models_import(run, foreign, tmp_path):
     assert "models/faces/diffusion.safetensors is there already" in again.err
 
 
+def test_models_import_without_a_preset(run, foreign, tmp_path):
+    done = run("models", "import", foreign, "--name", "faces", "--size", "16", "--head-width", "32")
+    assert (done.code, done.lines) == (0, ["models/faces/diffusion.safetensors"])
+    assert "assumed: --schedule=linear --value-range=-1,1; " in done.err
+    card = describe(tmp_path / "models" / "faces" / "diffusion.safetensors").card
+    assert (card.spec.size, card.spec.unet.head_width, card.spec.unet.mult) == ((16, 16), 32, TINY.mult)
+    told = run("models", "import", foreign, "--name", "others", "--schedule", "cosine", "--value-range", "0,1")
+    assert "assumed: --heads=1 --size=128; " in told.err
+    card = describe(tmp_path / "models" / "others" / "diffusion.safetensors").card
+    assert (card.schedule, card.spec.value_range) == (Schedule("cosine", 1000), (0.0, 1.0))
+
+
+def test_models_export_and_import(run, models, tmp_path):
+    done = run("models", "export", models / "photo" / "diffusion.safetensors", "--format", "diffusers", "-o", "folder")
+    assert done == Done(0, "folder\n", "")
+    assert everything(tmp_path / "folder") == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert run("models", "import", "folder", "--name", "back") == Done(0, "models/back/diffusion.safetensors\n", "")
+    card = describe(tmp_path / "models" / "back" / "diffusion.safetensors").card
+    assert (card.dataset, card.spec.channels) == ("back", ("r", "g", "b"))
+    refused = run("models", "import", "folder", "--name", "again", "--preset", "paper-faces")
+    assert "--preset paper-faces: a folder of diffusers tells its architecture; leave it out" in refused.err
+
+
+def test_exports_that_are_refused(run, models, tmp_path):
+    model = models / "photo" / "diffusion.safetensors"
+    assert "--format onnx: unknown; give diffusers" in run("models", "export", model, "--format", "onnx", "-o", "x").err
+    assert "only a U-Net" in run("models", "export", model.with_name("regress.safetensors"), "-o", "x").err
+    assert "none.safetensors: no such file" in run("models", "export", "none.safetensors", "-o", "x").err
+    assert everything(tmp_path) == []
+
+
+def test_an_import_says_how_classes_are_asked(run, tmp_path):
+    arch = replace(TINY, width=32, groups=32, classes=2)
+    net = Card("diffusion", "x", ImageSpec(("r", "g", "b"), (16, 16), arch, arch), Schedule()).build()
+    names, ours = foreign_names(net), net.state_dict()
+    torch.save({names[k]: v.reshape(foreign_shape(k, v.shape)) for k, v in ours.items()}, tmp_path / "model.pt")
+    assert "asked with the mean of its classes" in run("models", "import", "model.pt", "--name", "mean").err
+    assert "asked with" not in run("models", "import", "model.pt", "--name", "one", "--class", "1").err
+    assert describe(tmp_path / "models" / "one" / "diffusion.safetensors").card.training["class"] == 1
+
+
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
@@ -222,6 +265,10 @@ def test_models_import(run, foreign, tmp_path):
         ("--value-range", "a,b", "--value-range a,b: give two numbers"),
         ("--as", "paint", "--as paint: no such kind"),
         ("--preset", "huge", "--preset huge: there is none"),
+        ("--size", "16", "--size: --preset tiny says it"),
+        ("--heads", "0", "--heads 0: give a number above 0"),
+        ("--schedule", "steep", "schedule: 'steep' is unknown"),
+        ("--class", "1", "--class 1: there are no classes"),
     ],
 )
 def test_imports_that_are_refused(run, foreign, tmp_path, option, value, words):
@@ -240,7 +287,7 @@ def test_translate_prints_paths_for_scripts_and_words_for_readers(run, images, s
     assert done.code == 0
     assert done.lines == ["translated/slice_regress_0.3.nii", "translated/healthy_regress_0.3.nii"]
     assert all(Path(line).is_file() for line in done.lines)
-    assert "2 images; models brain (shipped with knife); noise level 10, 5 steps, scale " in done.err
+    assert "2 images; models brain (shipped with knife); noise level 10, 5 steps, strength 0.2; cpu" in done.err
     assert "value before" in done.err
     assert "translating 10/10" in done.err
 
@@ -273,7 +320,14 @@ def test_json_holds_the_records(run, images, models):
     options = ("--models", models, "--dataset", "brain", "--scale", 2, "--batch-size", 3, "--clamp", "--device", "cpu")
     done = run("translate", images / "slice.nii", "--task", "regress", "--target", "0.3", *FEW, *options, "--json")
     (record,) = json.loads(done.out)
-    assert record["settings"] == {**record["settings"], "scale": 2.0, "batch_size": 3, "clamp": True, "steps": 5}
+    assert record["settings"] == {
+        **record["settings"],
+        "scale": 2.0,
+        "strength": None,
+        "batch_size": 3,
+        "clamp": True,
+        "steps": 5,
+    }
     assert record["folder"] == "translated"
     stored = json.loads(Path("translated/slice_regress_0.3.json").read_text())
     assert {**stored, "folder": "translated"} == record
@@ -370,7 +424,7 @@ def bad(images, tmp_path) -> Path:
     write_nifti(folder / "nan.nii", np.full((4, 32, 32), np.nan, np.float32))
     write_nifti(folder / "flat.nii", np.ones((4, 32, 32), np.float32))
     write_nifti(folder / "two.nii", phantom(0, size=32).pixels[:2])
-    write_nifti(folder / "small.nii", np.eye(16, dtype=np.float32))
+    PIL.Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(folder / "small.png")
     (folder / "torn.nii").write_bytes((folder / "slice.nii").read_bytes()[:999])
     (folder / "torn.png").write_bytes((folder / "face.png").read_bytes()[:99])
     (folder / "empty").mkdir()
@@ -387,7 +441,7 @@ def bad(images, tmp_path) -> Path:
         ("nan.nii", {}, "nan.nii: 4096 voxels are NaN"),
         ("flat.nii", {}, "flat.nii: every pixel is 1, 1, 1, 1; a constant image"),
         ("empty", {}, "empty: no images in this folder"),
-        ("slice.nii", {"--task": "segment", "--target": "in/small.nii"}, "small.nii: the mask is 16 x 16, but"),
+        ("slice.nii", {"--task": "segment", "--target": "in/small.png"}, "small.png: the mask is 16 x 16, but"),
         ("slice.nii", {"--task": "segment", "--target": "gone.nii"}, "gone.nii: no such file"),
         ("slice.nii", {"--task": "paint"}, "task paint: no plugin offers it; choose from classify, regress, segment"),
         ("slice.nii", {"--target": "big"}, "--target big: not a number"),
@@ -417,7 +471,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_writes_nothing(
 
 
 def test_without_any_models_the_next_step_is_said(run, images, monkeypatch, tmp_path):
-    monkeypatch.setattr(translation, "STARTER", tmp_path / "nowhere")
+    monkeypatch.setattr(pairs, "STARTER", tmp_path / "nowhere")
     done = run("translate", images / "slice.nii", "--task", "regress", "--target", "0.3")
     assert done.code == 2
     assert (

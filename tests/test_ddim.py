@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from knife.ddim import decode, encode, gradient
+from knife.ddim import balanced, decode, encode, gradient
 from knife.schedule import Schedule, path
 
 KINDS = ("linear", "cosine")
@@ -194,6 +194,46 @@ def test_scale_zero_is_bit_for_bit_unguided(clamp, dtype):
     net = lambda x, t: torch.sin(3 * x)  # noqa: E731
     guided = decode(net, x, schedule, levels, lambda x, t: x.flatten(1).sum(1), scale=0.0, clamp=clamp)
     assert torch.equal(guided, decode(net, x, schedule, levels, clamp=clamp))
+
+
+def sizes(strength: float, steepness: float, g: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return the size of the guidance of each image against eps."""
+    s = balanced(strength, steepness)(g, alpha_bar)
+    return s * (1 - alpha_bar).sqrt() * g.flatten(1).double().square().mean(1).sqrt()
+
+
+def test_balanced_guidance_has_the_wanted_size_where_the_score_is_as_steep_as_usual():
+    alpha_bar, g = Schedule().alpha_bar[400], normal(3, 2, 8, 8)
+    usual = (1 - alpha_bar).sqrt() * g[1].double().square().mean().sqrt()
+    found = sizes(0.2, float(usual), g, alpha_bar)
+    assert found[1] == pytest.approx(0.2)
+
+
+def test_balanced_guidance_follows_the_root_of_the_steepness():
+    alpha_bar, g = Schedule().alpha_bar[100], normal(1, 2, 8, 8)
+    flat, usual, steep = (sizes(0.2, 0.01, k * g, alpha_bar).item() for k in (1e-4, 1, 1e4))
+    assert usual / flat == pytest.approx(100)
+    assert steep / usual == pytest.approx(100)
+
+
+def test_balanced_guidance_of_an_image_does_not_depend_on_its_batch_and_a_flat_score_asks_for_nothing():
+    alpha_bar, g = Schedule().alpha_bar[100], normal(3, 2, 8, 8)
+    g[2] = 0
+    together, alone = sizes(0.2, 0.01, g, alpha_bar), sizes(0.2, 0.01, g[1:2], alpha_bar)
+    torch.testing.assert_close(together[1:2], alone)
+    assert together[2] == 0
+
+
+def test_balanced_decoding_takes_the_step_with_its_scale():
+    schedule, x = Schedule(), normal(2, 1, 4, 4)
+    score = lambda x, t: -0.5 * (x - 1).square().flatten(1).sum(1)  # noqa: E731
+    net = lambda x, t: 0.1 * x  # noqa: E731
+    found = decode(net, x, schedule, [100, 200], score, balanced(0.3, 0.5))
+    g, ab = 1 - x, schedule.alpha_bar
+    s = balanced(0.3, 0.5)(g, ab[200])
+    for i in range(2):
+        one = decode(net, x[i : i + 1], schedule, [100, 200], score, float(s[i]))
+        torch.testing.assert_close(found[i : i + 1], one)
 
 
 def test_scale_zero_does_not_ask_the_guide():

@@ -12,23 +12,29 @@ from knife import hookspecs
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    5: ("demo", "contract", "scaffold"),
-    4: ("train", "translation", "doctor"),
-    3: ("checkpoint", "interop"),
-    2: ("ddpm", "ddim", "data", "tasks", "panel", "phantom"),
-    1: ("schedule", "spec", "unet", "image", "ops", "hookspecs", "devices"),
-    0: ("errors",),
+    7: ("demo", "contract", "scaffold"),
+    6: ("train", "translation", "doctor"),
+    5: ("stacks",),
+    4: ("prepared", "pairs", "outputs", "interop", "diffusers"),
+    3: ("layouts", "data", "balance", "checkpoint"),
+    2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom"),
+    1: ("schedule", "spec", "unet", "image", "nifti", "picture", "ops", "hookspecs", "devices"),
+    0: ("errors", "files", "settings"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
-SAME_FLOOR = {("spec", "unet"), ("interop", "checkpoint")}
+SAME_FLOOR = {
+    ("files", "errors"), ("spec", "unet"), ("image", "nifti"), ("image", "picture"), ("dicom", "volume"),
+    ("data", "layouts"), ("diffusers", "interop"),
+}  # fmt: skip
 ONLY = {  # a library: the modules that may import it
     "typer": {"cli"},
     "rich": {"cli"},
     "pluggy": {"tasks", "hookspecs"},
-    "nibabel": {"image", "phantom"},
-    "PIL": {"image", "panel"},
+    "nibabel": {"nifti", "phantom"},
+    "PIL": {"picture", "panel"},
+    "pydicom": {"dicom"},
 }
-PLUGINS_MAY = {"knife.hookspecs", "knife.errors", "knife.unet", "knife.image"}
+PLUGINS_MAY = {"knife.hookspecs", "knife.errors", "knife.unet", "knife.image", "knife.masks"}
 MODULES = sorted(path for path in (ROOT / "knife").glob("*.py") if path.stem != "__init__")
 COMMAND_LINE = sorted((ROOT / "knife" / "cli").glob("*.py"))
 

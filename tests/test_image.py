@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import random
+import resource
 import socket
 import struct
 import zlib
@@ -21,9 +22,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from PIL import ImageCms
 
 from knife import image as module
-from knife.errors import InputError
+from knife.errors import InputError, SettingsError
 from knife.image import (
-    GEOMETRY,
     MARK,
     Image,
     is_image,
@@ -34,6 +34,7 @@ from knife.image import (
     sequence_of,
     write,
 )
+from knife.nifti import GEOMETRY
 
 RANGE = (-1.0, 1.0)
 # Oblique, flipped, anisotropic: what an identity would hide
@@ -158,6 +159,27 @@ def test_slope_and_intercept(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(out.dataobj), values * 0.5 - 3)
 
 
+def test_dtypes(tmp_path: Path) -> None:
+    folder = case(tmp_path / "case")
+    image = read(folder)
+    changed = image.plus(torch.full((4, 9, 12), 0.3), RANGE)
+    write(changed, tmp_path / "same")
+    write(changed, tmp_path / "float", dtype="float32")
+    write(changed, tmp_path / "one.nii", dtype="float32")
+    for name in (path.name for path in image.source.paths):
+        files = [nib.load(tmp_path / folder / name) for folder in ("same", "float")]
+        assert [file.get_data_dtype() for file in files] == ["int16", "float32"]
+        assert np.array_equal(*(np.asarray(file.dataobj) for file in files))
+        assert np.array_equal(files[0].affine, files[1].affine)
+    assert nib.load(tmp_path / "one.nii").get_data_dtype() == "float32"
+    beyond = image.like(image.pixels + 40000)
+    write(beyond, tmp_path / "beyond")  # more than an int16 holds
+    assert same(read(tmp_path / "beyond").pixels, beyond.pixels)
+    with pytest.raises(SettingsError, match="--dtype int8: give same or float32"):
+        write(image, tmp_path / "o.nii", dtype="int8")
+    assert not (tmp_path / "o.nii").exists()
+
+
 def test_the_output_tells_nothing_of_the_patient(tmp_path: Path) -> None:
     canary = b"Jane Doe 1970"
     image = nib.Nifti1Image(slice_of().astype("int16"), UGLY)
@@ -226,7 +248,7 @@ def test_a_case_of_four_files(tmp_path: Path, words: tuple[str, ...]) -> None:
     assert torch.equal(image.pixels, torch.cat([one.pixels for one in alone]))
     assert [one.channels for one in alone] == [("t1",), ("t1ce",), ("t2",), ("flair",)]
     assert same(read([str(p) for p in reversed(image.source.paths)]).pixels, image.pixels)
-    assert output_name(image) == ("BraTS_001", "")
+    assert output_name(image.source) == ("BraTS_001", "")
     changed = image.plus(torch.full((4, 9, 12), 0.3), RANGE)
     write(changed, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in image.source.paths)
@@ -235,6 +257,33 @@ def test_a_case_of_four_files(tmp_path: Path, words: tuple[str, ...]) -> None:
     one = nib.load(tmp_path / "one.nii")
     assert (one.shape, one.get_data_dtype()) == ((12, 9, 1, 4), "int16")
     assert same(read(tmp_path / "one.nii").pixels, changed.pixels)
+
+
+def test_each_of_four_files_keeps_its_own_geometry(tmp_path: Path) -> None:
+    (tmp_path / "case").mkdir()
+    left_handed = UGLY @ np.diag([-1.0, 1, 1, 1])
+    for i, word in enumerate(("t1", "t1ce", "t2", "flair")):
+        image = nib.Nifti1Image(slice_of((13, 9, 1), seed=i).astype(("int16", "uint8", "float32", "int32")[i]), None)
+        image.set_sform(left_handed + i * 1e-5, code=i + 1)
+        image.set_qform(left_handed * 1.5, code=4 - i, strip_shears=True)
+        image.header.set_xyzt_units(("mm", "micron", "meter", "unknown")[i])
+        nib.save(image, tmp_path / "case" / f"{word}.nii.gz")
+    image = read(tmp_path / "case")
+    delta = torch.zeros(4, 16, 16)
+    delta[:, :8] = 0.2
+    changed = image.plus(delta, RANGE)
+    write(changed, tmp_path / "out")
+    write(changed, tmp_path / "one.nii")
+    for path in image.source.paths:
+        was, now = header_of(path), header_of(tmp_path / "out" / path.name)
+        assert all(was[field].tobytes() == now[field].tobytes() for field in GEOMETRY)
+        assert was["dim"].tobytes() == now["dim"].tobytes()
+        voxels = [np.asarray(nib.load(p).dataobj) for p in (path, tmp_path / "out" / path.name)]
+        differ = (voxels[0] != voxels[1])[..., 0]
+        assert 0.2 < differ.mean() < 0.6
+        assert not differ[:, :3].any()  # the lower rows as displayed, which nothing was added to
+    one = header_of(tmp_path / "one.nii")
+    assert all(one[field].tobytes() == header_of(image.source.paths[0])[field].tobytes() for field in GEOMETRY)
 
 
 def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
@@ -279,13 +328,13 @@ def test_output_names(tmp_path: Path) -> None:
     for name, want in {"x.nii.gz": ("x", ".nii.gz"), "a.b.nii": ("a.b", ".nii"), "P.JPG": ("P", ".JPG")}.items():
         path = tmp_path / name
         PIL.Image.fromarray(picture).save(path) if "JPG" in name else save(path, slice_of().astype("int16"))
-        assert output_name(read(path)) == want
+        assert output_name(read(path).source) == want
     folder = tmp_path / "case7"
     folder.mkdir()
     for word in ("t1", "flair"):
         save(folder / f"{word}.nii", slice_of().astype("int16"))
     assert list(sequence_files(folder)) == ["t1", "flair"]
-    assert output_name(read(folder)) == ("case7", "")
+    assert output_name(read(folder).source) == ("case7", "")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -384,6 +433,108 @@ def test_modes_are_converted_on_purpose(tmp_path: Path) -> None:
     big = noise(6, 5, dtype="uint16")
     PIL.Image.frombytes("I;16B", (5, 6), big.astype(">u2").tobytes()).save(tmp_path / "big.tif")
     assert np.array_equal(read(tmp_path / "big.tif").pixels[0].numpy(), big)
+
+
+DEEP = [(suffix, bands) for suffix in (".png", ".tif") for bands in (3, 4)]
+
+
+def deep(suffix: str, array: np.ndarray, big: bool = False) -> bytes:
+    """Return a file of 16-bit colours, spelt out beside the code under test: no filter, two strips."""
+    rows, columns, bands = array.shape
+    if suffix == ".png":
+        lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+        start = png(b"IHDR", struct.pack(">IIBBBBB", columns, rows, 16, {3: 2, 4: 6}[bands], 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + start + png(b"IDAT", zlib.compress(lines)) + png(b"IEND", b"")
+    order, split = ">" if big else "<", rows // 2 + 1
+    strips = [part.astype(f"{order}u2").tobytes() for part in (array[:split], array[split:])]
+    tags = {256: columns, 257: rows, 259: 1, 262: 2, 277: bands, 278: split} | ({338: 2} if bands == 4 else {})
+    at = 8 + 2 + 12 * (len(tags) + 3) + 4
+    lists = {
+        258: (3, [16] * bands),
+        273: (4, [at + 100, at + 100 + len(strips[0])]),
+        279: (4, [len(x) for x in strips]),
+    }
+    entries, beside = {tag: struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items()}, b""
+    for tag, (kind, values) in lists.items():
+        entries[tag] = struct.pack(f"{order}HHII", tag, kind, len(values), at + len(beside))
+        beside += struct.pack(f"{order}{len(values)}{'H' if kind == 3 else 'I'}", *values)
+    head = struct.pack(f"{order}2sHIH", b"MM" if big else b"II", 42, 8, len(entries))
+    return (
+        head
+        + b"".join(entries[tag] for tag in sorted(entries))
+        + bytes(4)
+        + beside.ljust(100, b"\0")
+        + b"".join(strips)
+    )
+
+
+@pytest.mark.parametrize(("suffix", "bands"), DEEP)
+@pytest.mark.parametrize("target", [".png", ".tiff"])
+def test_colours_of_16_bits_are_exact(tmp_path: Path, suffix: str, bands: int, target: str) -> None:
+    array = noise(11, 7, bands, dtype="uint16")
+    (tmp_path / f"in{suffix}").write_bytes(deep(suffix, array))
+    image = read(tmp_path / f"in{suffix}")
+    assert np.array_equal(image.pixels.numpy().transpose(1, 2, 0), array[..., :3])
+    assert image.window.tolist() == [[0, 65535]] * 3
+    write(image.plus(torch.zeros(3, 16, 16), RANGE), tmp_path / f"out{target}")
+    again = read(tmp_path / f"out{target}")
+    assert same(again.pixels, image.pixels)
+    assert again.source.synthetic
+    if bands == 4:
+        assert np.array_equal(again.source.kind.alpha, array[..., 3])
+    with PIL.Image.open(tmp_path / f"out{target}") as out:  # another reader, though of the high bytes alone
+        assert np.array_equal(np.asarray(out), array >> 8)
+    changed = image.plus(torch.full((3, 11, 7), 1e-4), RANGE)
+    assert (changed.pixels - image.pixels).max() == 3  # of 65535
+    write(changed, tmp_path / f"changed{target}", synthetic=False)
+    assert same(read(tmp_path / f"changed{target}").pixels, changed.pixels)
+    assert not read(tmp_path / f"changed{target}").source.synthetic
+    for other in (".jpg", ".bmp", ".webp"):
+        with pytest.raises(InputError, match=r"cannot hold pixels of mode RGBA?;16; name the output \.png or \.tif"):
+            write(image, tmp_path / f"o{other}")
+
+
+def test_16_bit_colours_of_other_programs(tmp_path: Path) -> None:
+    array = noise(40, 7, 3, dtype="uint16")
+    (tmp_path / "big.tif").write_bytes(deep(".tif", array, big=True))
+    assert np.array_equal(read(tmp_path / "big.tif").pixels.numpy().transpose(1, 2, 0), array)
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    chunk = png(b"eXIf", turned.tobytes()[6:]) + png(b"pHYs", struct.pack(">IIB", 11811, 5906, 1))
+    data = deep(".png", array)
+    (tmp_path / "turned.png").write_bytes(data[:33] + chunk + data[33:])
+    image = read(tmp_path / "turned.png")
+    assert np.array_equal(image.pixels.numpy().transpose(1, 2, 0), np.rot90(array, -1))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.source.kind.options["icc_profile"] = profile
+    for target in ("out.png", "out.tif"):
+        write(image, tmp_path / target)
+        with PIL.Image.open(tmp_path / target) as out:
+            assert out.info["icc_profile"] == profile
+            assert out.info["dpi"] == pytest.approx((300, 150), abs=0.1)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_truncated_16_bit_colours(tmp_path: Path, suffix: str) -> None:
+    data, path = deep(suffix, noise(11, 7, 3, dtype="uint16")), tmp_path / f"cut{suffix}"
+    for size in range(1, len(data), 17):
+        path.write_bytes(data[:size])
+        image = attempt(path)
+        assert image is None or np.array_equal(image.pixels.numpy().transpose(1, 2, 0), noise(11, 7, 3, dtype="uint16"))
+
+
+def test_16_bit_colours_that_would_be_lost(tmp_path: Path) -> None:
+    data, path = deep(".png", noise(6, 5, 3, dtype="uint16")), tmp_path / "x.png"
+    path.write_bytes(data[:33] + png(b"tRNS", bytes(6)) + data[33:])
+    refused(path, "16 bits a colour would be lost")
+    data, path = deep(".tif", noise(6, 5, 3, dtype="uint16")), tmp_path / "x.tif"
+    planes_apart = data.replace(struct.pack("<HHII", 262, 4, 1, 2), struct.pack("<HHII", 284, 4, 1, 2))
+    path.write_bytes(planes_apart)
+    refused(path)
+    path.write_bytes(data.replace(struct.pack("<HHII", 262, 4, 1, 2), struct.pack("<HHII", 262, 4, 1, 8)))  # L*a*b*
+    refused(path)
+    PIL.Image.fromarray(noise(6, 5, dtype="uint16")).save(tmp_path / "grey.png", transparency=7)
+    refused(tmp_path / "grey.png", "16-bit grey with a transparent value")
 
 
 # ----------------------------------------------------------------------------------------------------- the model's grid
@@ -546,7 +697,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
     for call in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(module.os, call, full)
+            patch.setattr(f"os.{call}", full)
             with pytest.raises(OSError, match="No space"):
                 write(image.like(image.pixels.flip(1)), tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes() == before
@@ -598,6 +749,68 @@ def test_unusable_paths(tmp_path: Path) -> None:
         read(tmp_path / "a\nb.png")
     with pytest.raises(InputError, match=r"a\\x00b\.png"):
         read(tmp_path / "a\0b.png")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"-x",
+        b"[red]",
+        b"--help",
+        b"a b;$(x)'\"",
+        b"\x1b[31m",
+        b"\xff\xfe",
+        b"..x",
+        "ünï".encode(),
+        b"n" * 248,
+        b"%s{0}",
+    ],
+)
+@pytest.mark.parametrize("suffix", [b".png", b".nii.gz"])
+def test_hostile_names_are_names(tmp_path: Path, name: bytes, suffix: bytes) -> None:
+    path = tmp_path / os.fsdecode(name + suffix)
+    if suffix == b".png":
+        PIL.Image.fromarray(noise(5, 6)).save(tmp_path / "x.png")
+        (tmp_path / "x.png").rename(path)
+    else:
+        save(tmp_path / "x.nii.gz", slice_of().astype("int16")).rename(path)
+    image = read(path)
+    assert output_name(image.source) == (os.fsdecode(name), suffix.decode())
+    write(image, tmp_path / "out" / path.name)
+    assert same(read(tmp_path / "out" / path.name).pixels, image.pixels)
+    path.write_bytes(b"damaged")
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert str(caught.value).isprintable()
+
+
+def test_links_are_followed_to_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "dangling.png").symlink_to("nowhere.png")
+    refused(tmp_path / "dangling.png", "no such file")
+    (tmp_path / "far").mkdir()
+    image_of_size(tmp_path / "far" / "x.png", 6, 6)
+    (tmp_path / "link.png").symlink_to("far/x.png")
+    image = read(tmp_path / "link.png")
+    for target in (tmp_path / "link.png", tmp_path / "far" / "x.png"):
+        with pytest.raises(InputError, match="inputs are never overwritten"):
+            write(image, target)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_files_without_permission(tmp_path: Path) -> None:
+    image_of_size(tmp_path / "x.png", 6, 6).chmod(0)
+    refused(tmp_path / "x.png", "Permission denied")
+
+
+def test_bombs_take_no_memory(tmp_path: Path) -> None:
+    good = save(tmp_path / "good.nii", slice_of().astype("int16")).read_bytes()
+    (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(good + bytes(2**28)))
+    (tmp_path / "bomb.png").write_bytes(header_png(11000, 11000))
+    (tmp_path / "deep.png").write_bytes(header_png(11000, 11000, 16, 2))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in ("bomb.nii.gz", "bomb.png", "deep.png"):
+        refused(tmp_path / name)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
 def edited(**fields: Any) -> Callable[[bytes], bytes]:
@@ -728,7 +941,7 @@ def test_bad_pictures(tmp_path: Path) -> None:
     for side in (8200, 10000, 12000, 30000):
         (tmp_path / "bomb.png").write_bytes(header_png(side, side))
         refused(tmp_path / "bomb.png", "pixels")
-    (tmp_path / "deep.png").write_bytes(header_png(2, 2, depth=16, colour=2))
+    (tmp_path / "deep.png").write_bytes(header_png(2, 2, depth=16, colour=4))
     refused(tmp_path / "deep.png", "16 bits a colour")
     frames[0].convert("I").save(tmp_path / "i32.tif")
     refused(tmp_path / "i32.tif", "mode I")

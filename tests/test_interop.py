@@ -17,7 +17,7 @@ import torch
 from knife import checkpoint, interop
 from knife.checkpoint import Card
 from knife.errors import ModelError, SettingsError
-from knife.interop import convert, foreign_names, import_guided_diffusion, read_state_dict
+from knife.interop import UNETS, Told, convert, foreign_names, foreign_shape, import_guided_diffusion, read_state_dict
 from knife.schedule import Schedule
 from knife.spec import PRESETS, ImageSpec, Preset, Training
 from knife.tasks import task
@@ -42,6 +42,7 @@ NETWORKS = {
     "normed spatial pool": ("classify", replace(PLAIN, pool="spatial-norm")),
 }
 SIZE = 16
+ZERO_TO_ONE = Told(value_range=(0.0, 1.0))
 
 
 def card(kind, arch, channels=3, size=SIZE):
@@ -64,7 +65,7 @@ def theirs(kind, arch, channels=3, size=SIZE, draw=True):
         "use_scale_shift_norm": arch.scale_shift,
         "resblock_updown": arch.updown,
     }
-    if kind in ("diffusion", "segment"):
+    if kind in UNETS:
         outputs = arch.outputs or 2 * channels
         net = original.UNetModel(out_channels=outputs, num_classes=arch.classes or None, **options)
     else:
@@ -78,6 +79,15 @@ def theirs(kind, arch, channels=3, size=SIZE, draw=True):
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         parameter.data = centre + spread * torch.randn(parameter.shape, generator=generator)
     return net.eval().requires_grad_(False)
+
+
+def asked(net, x, t, label):
+    """Ask the original as an imported network is asked by default: with the mean of the classes, if it has any."""
+    if net.num_classes is None:
+        return net(x, t)
+    table = torch.nn.Embedding.from_pretrained(net.label_emb.weight.mean(0, keepdim=True))
+    net.label_emb, label = table, torch.zeros_like(label)
+    return net(x, t, label)
 
 
 def images(channels=3, size=SIZE):
@@ -202,28 +212,29 @@ def tiny(monkeypatch):
 def test_an_imported_file_becomes_a_model_that_loads(tiny, tmp_path, kind):
     arch = {"diffusion": tiny.diffusion, "segment": tiny.segmenter}.get(kind, tiny.encoder)
     net = theirs(kind, arch, channels=4)
-    described, state = import_guided_diffusion(saved(net, tmp_path / "model.pt"), "tiny", kind, "scans", (0.0, 1.0))
+    described, state = import_guided_diffusion(saved(net, tmp_path / "model.pt"), kind, "scans", ZERO_TO_ONE, "tiny")
     assert (described.kind, described.dataset, described.schedule) == (kind, "scans", Schedule("linear", 1000))
-    assert described.spec == tiny.spec(kind, ("t1", "t1ce", "t2", "flair"), (0.0, 1.0))
+    spec = tiny.spec(kind, ("t1", "t1ce", "t2", "flair"), (0.0, 1.0))
+    assert described.spec == replace(spec, unet=replace(spec.unet, classes=0))
     assert described.training["imported"] == "model.pt"
     assert described.training["sha256"] == checkpoint.digest(tmp_path / "model.pt")
     stored = tmp_path / "models" / "scans" / f"{kind}.safetensors"
     checkpoint.save(stored, state, described.to_json())
     assert checkpoint.describe(stored).card == described
     x, t, label = images(channels=4)
-    labels = (label,) if arch.classes and kind == "diffusion" else ()
     with torch.no_grad():
-        assert relative(checkpoint.load_model(stored)(x, t, *labels), net(x, t, *labels)) < 1e-5
+        expected = net(x, t) if kind not in UNETS else asked(net, x, t, label)
+        assert relative(checkpoint.load_model(stored)(x, t), expected) < 1e-5
 
 
 def test_imported_tasks_understand_targets(tiny, tmp_path):
     values = saved(theirs("regress", RICH, channels=4), tmp_path / "values.pt")
-    described, _ = import_guided_diffusion(values, "tiny", "regress", "scans", (0.0, 1.0))
+    described, _ = import_guided_diffusion(values, "regress", "scans", ZERO_TO_ONE, "tiny")
     regress = task("regress")
     assert regress.target("0.3", None, described.spec, described.config).item() == pytest.approx(0.3)
     assert regress.target("+", None, described.spec, described.config).item() == float("inf")
     classes = saved(theirs("classify", RICH, channels=4), tmp_path / "classes.pt")
-    described, _ = import_guided_diffusion(classes, "tiny", "classify", "scans", (0.0, 1.0))
+    described, _ = import_guided_diffusion(classes, "classify", "scans", ZERO_TO_ONE, "tiny")
     assert described.config["classes"] == ["0", "1"]
     assert task("classify").target("1", None, described.spec, described.config).item() == 1
 
@@ -231,7 +242,9 @@ def test_imported_tasks_understand_targets(tiny, tmp_path):
 def test_meaning_and_names_can_be_given(tiny, tmp_path):
     path = saved(theirs("regress", RICH, channels=4), tmp_path / "model.pt")
     age = {"label": "age", "low": 1, "high": 100, "mean": 0.0, "std": 1.0}
-    described, _ = import_guided_diffusion(path, "tiny", "regress", "x", (-1.0, 1.0), ("a", "b", "c", "d"), age)
+    told = Told(channels=("a", "b", "c", "d"), config=age, schedule=Schedule("cosine", 100))
+    described, _ = import_guided_diffusion(path, "regress", "x", told, "tiny")
+    assert described.schedule == Schedule("cosine", 100)
     assert described.config == age
     assert described.spec.channels == ("a", "b", "c", "d")
 
@@ -240,16 +253,204 @@ def test_meaning_and_names_can_be_given(tiny, tmp_path):
     ("changes", "words"),
     [
         ({"kind": "regression"}, "--as regression: no such kind"),
-        ({"value_range": (1.0, 0.0)}, "--value-range 1,0"),
-        ({"value_range": (0.0, float("nan"))}, "--value-range 0,nan"),
         ({"preset": "huge"}, "--preset huge"),
-        ({"channels": ("a", "b")}, "made for 4 channels, the images have 2"),
+        ({"told": Told(channels=("a", "b"))}, "made for 4 channels, the images have 2"),
+        ({"told": Told(size=(16, 16))}, "--size: --preset tiny says it; leave it out"),
+        ({"told": Told(head_width=16)}, "--head-width: --preset tiny says it"),
+        ({"told": Told(label=0)}, "--class 0: there are no classes; leave it out"),
+        ({"told": Told(channels=("a", "b")), "preset": None}, "channels a, b: .* was made for 4; name each"),
+        ({"told": Told(head_width=48), "preset": None}, "--head-width 48: does not divide the 64 channels"),
+        ({"told": Told(heads=3), "preset": None}, "--heads 3: does not divide the 64 channels"),
     ],
 )
 def test_impossible_options_are_refused(tiny, tmp_path, changes, words):
-    options = {"preset": "tiny", "kind": "regress", "dataset": "x", "value_range": (0.0, 1.0)} | changes
+    options = {"kind": "regress", "dataset": "x", "preset": "tiny"} | changes
     with pytest.raises(SettingsError, match=words):
         import_guided_diffusion(saved(theirs("regress", RICH, channels=4), tmp_path / "model.pt"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"value_range": (1.0, 0.0)}, "--value-range 1,0"),
+        ({"value_range": (0.0, float("nan"))}, "--value-range 0,nan"),
+        ({"heads": 2, "head_width": 16}, "--heads and --head-width"),
+        ({"heads": 0}, "--heads 0: give a number above 0"),
+        ({"head_width": -1}, "--head-width -1: give"),
+        ({"size": (16, 0)}, "--size 0: give"),
+    ],
+)
+def test_impossible_words_are_refused(options, words):
+    with pytest.raises(SettingsError, match=words):
+        Told(**options)
+
+
+# --- Classes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "segment"])
+@pytest.mark.parametrize("label", [0, 2])
+@pytest.mark.parametrize("preset", ["tiny", None])
+def test_one_class_is_kept(monkeypatch, tmp_path, kind, label, preset):
+    arch = replace(PLAIN, classes=3, outputs=8 if kind == "segment" else None)
+    row = Preset("tiny", (SIZE, SIZE), 4, arch, RICH, arch, {"diffusion": Training(1), "task": Training(1)})
+    monkeypatch.setitem(PRESETS, "tiny", row)
+    net, x, t = theirs(kind, arch, channels=4), *images(channels=4)[:2]
+    told = Told(label=label, heads=None if preset else 2)
+    described, state = import_guided_diffusion(saved(net, tmp_path / "model.pt"), kind, "x", told, preset)
+    assert described.training["class"] == label
+    assert described.spec.unet.classes == 0
+    ours = described.build().eval()
+    ours.load_state_dict(state)
+    with torch.no_grad():
+        expected = [net(x, t, torch.full_like(t, y)) for y in range(3)]
+        assert relative(ours(x, t), expected[label]) < 1e-5
+        assert relative(ours(x, t), expected[1]) > 1e-3
+
+
+def test_without_a_word_the_mean_of_the_classes_is_kept(tmp_path):
+    net, (x, t, label) = theirs("diffusion", replace(PLAIN, classes=2)), images()
+    told = Told(heads=2)
+    described, state = import_guided_diffusion(saved(net, tmp_path / "model.pt"), "diffusion", "x", told)
+    assert described.training["class"] == "mean"
+    ours = described.build().eval()
+    ours.load_state_dict(state)
+    with torch.no_grad():
+        assert relative(ours(x, t), net(x, t, label)) > 1e-3
+        assert relative(ours(x, t), asked(net, x, t, label)) < 1e-5
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_class_that_is_not_there_is_refused(tmp_path, label):
+    path = saved(theirs("diffusion", replace(PLAIN, classes=2)), tmp_path / "model.pt")
+    with pytest.raises(SettingsError, match=f"--class {label}: there are 0 to 1"):
+        import_guided_diffusion(path, "diffusion", "x", Told(heads=2, label=label))
+
+
+# --- Architectures read from shapes -----------------------------------------------------------------------------------
+
+
+def read(state, kind, **options):
+    return interop.read_spec(state, kind, Told(**options), Path("model.pt"))
+
+
+def visible(arch):
+    """Return an architecture without what the family lacks (stem, groups), and with one way to say heads."""
+    attention = tuple(factor // arch.stem for factor in arch.attention)
+    return replace(arch, heads=1 if arch.head_width else arch.heads, groups=32, stem=1, attention=attention)
+
+
+def heads(arch):
+    return {"head_width": arch.head_width} if arch.head_width else {"heads": arch.heads}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_architecture_is_read_from_shapes(name):
+    kind, arch = NETWORKS[name]
+    with torch.device("meta"):
+        state = theirs(kind, arch, draw=False).state_dict()
+    spec = read(state, kind, size=(SIZE, SIZE), **heads(arch))
+    assert spec == ImageSpec(("r", "g", "b"), (SIZE, SIZE), visible(arch), visible(arch))
+
+
+@pytest.mark.parametrize(("preset", "kind"), [(name, kind) for name, row in PRESETS.items() for kind in row.kinds])
+def test_the_architectures_of_the_presets_are_read_from_shapes(preset, kind):
+    row = PRESETS[preset]
+    names = interop.channel_names(row.channels or 4)
+    arch = row.spec(kind, names).unet if kind in UNETS else row.encoder
+    arch = visible(replace(arch, width=arch.width if arch.width % 32 == 0 else 64))
+    described = card(kind, arch, len(names), row.size[0])
+    with torch.device("meta"):
+        net = described.build()
+    theirs_of = foreign_names(net)
+    state = {theirs_of[k]: v.reshape(foreign_shape(k, v.shape)) for k, v in net.state_dict().items()}
+    spec = read(state, kind, size=row.size, **heads(arch))
+    assert spec == ImageSpec(names, row.size, arch, arch)
+
+
+def test_a_model_without_learned_sigma_is_seen():
+    state = theirs("diffusion", replace(PLAIN, outputs=3)).state_dict()
+    assert read(state, "diffusion", heads=2).unet == replace(PLAIN, outputs=3)
+
+
+def test_what_shapes_do_not_tell_is_the_papers_and_is_recorded(tmp_path):
+    path = saved(theirs("diffusion", replace(PLAIN, heads=1), channels=4), tmp_path / "model.pt")
+    described, _ = import_guided_diffusion(path, "diffusion", "scans")
+    assert described.spec.size == (256, 256)
+    assert described.training["assumed"] == {
+        "--heads": "1",
+        "--size": "256",
+        "--schedule": "linear",
+        "--value-range": "-1,1",
+    }
+    told = Told(heads=2, size=(32, 32), schedule=Schedule("cosine"), value_range=(0.0, 1.0))
+    assert import_guided_diffusion(path, "diffusion", "scans", told)[0].training["assumed"] == {}
+
+
+def test_an_attention_pool_tells_the_size(tmp_path):
+    path = saved(theirs("regress", replace(RICH, width=64)), tmp_path / "model.pt")
+    described, _ = import_guided_diffusion(path, "regress", "faces")
+    assert described.spec.size == (SIZE, SIZE)
+    assert described.training["assumed"].keys() == {"--head-width", "--schedule", "--value-range"}
+    assert described.training["assumed"]["--head-width"] == "64"
+    with pytest.raises(
+        ModelError, match=r"out.2.positional_embedding is \[128, 17\] instead of \[128, 65\]; --size may"
+    ):
+        import_guided_diffusion(path, "regress", "faces", Told(size=(32, 32)))
+
+
+def test_an_image_size_that_nothing_tells_must_be_given():
+    with torch.device("meta"):
+        state = theirs("diffusion", PLAIN, channels=5, draw=False).state_dict()
+    with pytest.raises(SettingsError, match="--size: not told by weights for 5 channels"):
+        read(state, "diffusion", heads=2)
+    assert read(state, "diffusion", heads=2, size=(8, 8)).channels == ("0", "1", "2", "3", "4")
+    with pytest.raises(SettingsError, match="size 9x9: this network needs sides divisible by 2"):
+        read(state, "diffusion", heads=2, size=(9, 9))
+
+
+@pytest.mark.parametrize(
+    ("built", "kind", "words"),
+    [
+        (("diffusion", PLAIN), "regress", "model.pt: holds a U-Net, and --as regress is none; give --as diffusion or"),
+        (("regress", RICH), "diffusion", "holds an encoder, and --as diffusion is none; give --as regress or --as cl"),
+        (("segment", replace(PLAIN, outputs=1)), "diffusion", "has 1 outputs, and --as diffusion needs 3 or 6; give"),
+        (("classify", RICH), "regress", "has 2 outputs, and --as regress needs 1; give the kind"),
+        (("regress", RICH), "classify", "has 1 outputs, and --as classify needs 2; give the kind"),
+    ],
+)
+def test_another_kind_of_network_is_refused(built, kind, words):
+    state = theirs(*built).state_dict()
+    with pytest.raises(ModelError, match=words):
+        read(state, kind, size=(SIZE, SIZE), head_width=16)
+
+
+def test_shapes_that_fit_several_networks_are_refused():
+    """Blocks that halve the grid look like any other: five without attention are 2 levels of 2 or 3 of 1."""
+    arch = replace(PLAIN, mult=(1, 1), res_blocks=2, attention=(), updown=True, pool="mean")
+    with torch.device("meta"):
+        state = theirs("regress", arch, draw=False).state_dict()
+    words = r"fit several networks \(levels x blocks: 1 x 5, 2 x 2, 3 x 1\); give --size"
+    with pytest.raises(ModelError, match=words):
+        read(state, "regress", size=(SIZE, SIZE), heads=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.clear(), "its layers have other names or widths"),
+        (lambda state: state.pop("input_blocks.2.0.op.weight"), "comes nearest differs: it lacks"),
+        (lambda state: state.update({"time_embed.0.weight": torch.zeros(3)}), "other names or widths"),
+        (lambda state: state.update({"extra": torch.zeros(3)}), "differs: it also has extra"),
+        (lambda state: state.update({"out.2.bias": torch.zeros(5)}), r"out.2.bias is \[5\] instead of \[6\]"),
+    ],
+)
+def test_what_is_no_network_of_the_family_is_refused(change, words):
+    state = dict(theirs("diffusion", PLAIN).state_dict())
+    change(state)
+    state.setdefault("output_blocks.0", torch.zeros(1)) if not state else None
+    with pytest.raises(ModelError, match=f"model.pt: no network of the guided-diffusion family; .*{words}"):
+        read(state, "diffusion", size=(SIZE, SIZE), heads=2)
 
 
 # --- Other architectures ----------------------------------------------------------------------------------------------
@@ -272,15 +473,15 @@ def test_every_difference_is_named_at_once():
     assert message.startswith("file.pt: not the diffusion network that the preset describes: ")
     assert "it lacks middle_block.1.qkv.weight, out.2.bias; " in message
     assert "it also has label_emb.weight, extra; " in message
-    assert "time_embed.0.weight is [128, 16], in the preset [128, 32]; " in message
-    assert "input_blocks.0.0.weight is [32, 5, 3, 3], in the preset [32, 3, 3, 3]." in message
+    assert "time_embed.0.weight is [128, 16] instead of [128, 32]; " in message
+    assert "input_blocks.0.0.weight is [32, 5, 3, 3] instead of [32, 3, 3, 3]." in message
 
 
 def test_a_shape_is_compared_as_it_stands_in_the_file():
     state = dict(theirs("regress", RICH).state_dict())
     state["out.2.qkv_proj.weight"] = torch.zeros(192, 64)
     message = refusal(state, card("regress", RICH))
-    assert "out.2.qkv_proj.weight is [192, 64], in the preset [192, 64, 1]." in message
+    assert "out.2.qkv_proj.weight is [192, 64] instead of [192, 64, 1]." in message
 
 
 @pytest.mark.parametrize(
@@ -312,7 +513,7 @@ def test_another_pool_is_another_architecture(pool):
 
 def test_an_attention_pool_for_another_size_is_another_architecture():
     message = refusal(theirs("regress", RICH).state_dict(), card("regress", RICH, size=32))
-    assert "out.2.positional_embedding is [64, 17], in the preset [64, 65]" in message
+    assert "out.2.positional_embedding is [64, 17] instead of [64, 65]" in message
 
 
 def test_weights_that_are_not_finite_are_refused():

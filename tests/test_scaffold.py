@@ -13,10 +13,11 @@ from knife.checkpoint import describe, save
 from knife.errors import InputError, SettingsError, TargetError
 from knife.phantom import write_dataset
 from knife.scaffold import PLACES, new_plugin
+from knife.settings import Settings
 from knife.spec import preset
 from knife.tasks import HOOKS, task
 from knife.train import Run, Watch, train
-from knife.translation import Settings, translate
+from knife.translation import translate
 
 NAME = "scaffolded"
 

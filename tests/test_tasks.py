@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from knife import hookimpl
-from knife.errors import TargetError, TaskError
+from knife.data import Case
+from knife.errors import InputError, TargetError, TaskError
 from knife.tasks import HOOKS, Task, manager_of, names, plugins, registered, survives_json, task
 
 BUILTIN = ["classify", "regress", "segment"]
@@ -275,3 +276,67 @@ def test_what_json_gives_back(value, survives):
 
 def test_the_built_in_entry_points_are_like_any_others():
     assert {point.value for point in entry_points(group="knife")} >= {f"knife_plugins.{name}" for name in BUILTIN}
+
+
+# ---------------------------------------------------------------------------------------- what the built-in tasks learn
+
+
+def case(name, mask=None, **values):
+    """Return a case of a bright image whose mask covers a share of it, or that has no mask."""
+    share = None if mask is None else (torch.arange(16.0).view(1, 4, 4) < 16 * mask).float()
+    return Case(name, torch.arange(16.0).view(1, 4, 4) + 1, share, values)
+
+
+LACKING = {  # the cases in order: which have what
+    "regress": ([case("a"), case("b", age="30"), case("c", age="50"), case("d", age="n/a")], "age", ["b", "c"]),
+    "classify": ([case("a"), case("b", sex="F"), case("c", sex="M"), case("d")], "sex", ["b", "c"]),
+    "segment": ([case("a"), case("b", 0.5), case("c", 0.0)], "mask", ["b", "c"]),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_case_without_label_is_refused_alone(name):
+    cases, label, usable = LACKING[name]
+    known = task(name)
+    config = known.configure(cases)
+    assert config["label"] == label
+    labelled = []
+    for one in cases:
+        if one.name in usable:
+            known.label(one, config)
+            labelled.append(one.name)
+        else:
+            with pytest.raises(InputError, match=rf"^{one.name}: (has no|age is (missing|n/a), and no number)"):
+                known.label(one, config)
+    assert labelled == usable
+
+
+def test_masks_count_wherever_they_are():
+    cases = [case("a"), case("b", 0.0), case("c", 0.5)]
+    config = task("regress").configure(cases)
+    assert (config["label"], config["low"], config["high"]) == ("relative size of the mask", 0.0, pytest.approx(8 / 15))
+    assert task("classify").configure(cases) == {"label": "mask", "classes": ["diseased", "healthy"]}
+
+
+def test_a_column_counts_from_half_of_the_cases_on():
+    few = [case("a", 0.2, sex="F", age="30"), case("b", 0.0), case("c", 0.4)]
+    assert task("regress").configure(few)["label"] == "relative size of the mask"
+    assert task("classify").configure(few)["label"] == "mask"
+    half = [*few[:2], case("d", 0.1, sex="M", age="31"), few[2]]
+    assert task("regress").configure(half)["label"] == "age"
+    assert task("classify").configure(half)["label"] == "sex"
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "said"),
+    [
+        ("regress", None, "neither numbers nor masks"),
+        ("regress", "age", "no image has a number as age"),
+        ("classify", None, "neither classes nor masks"),
+        ("classify", "age", "no image has age"),
+        ("segment", None, "no image has a mask"),
+    ],
+)
+def test_data_that_nobody_can_learn_from_are_refused(name, label, said):
+    with pytest.raises(InputError, match=rf"{name}: .*{said}"):
+        task(name).configure([case("a"), case("b")], label)

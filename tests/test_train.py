@@ -1,5 +1,6 @@
 """A resumed training is bit for bit the uninterrupted one, and whatever else differs or fails is refused in words."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -14,10 +15,13 @@ import torch
 from PIL import Image as Picture
 from torch import Tensor, nn
 from torch.nn import functional as F
+from trees import volume_
 
-from knife import spec, train
+from knife import files, spec, train
+from knife.balance import strata
 from knife.checkpoint import describe, load_model, read_about, read_tensors
 from knife.errors import DeviceError, InputError, KnifeError, ModelError, SettingsError, TaskError
+from knife.layouts import recognise, write_split
 from knife.schedule import Schedule
 from knife.train import Budget, Run, batch_of, resume_path
 from knife.train import train as run_training
@@ -147,7 +151,7 @@ def test_a_stopped_run_saves_and_goes_on(squares: Path) -> None:
 def test_a_run_stopped_before_its_first_step_leaves_nothing(squares: Path) -> None:
     run = a_run(squares)
     assert run_training(run, Witness(), lambda: True) == 0
-    assert not run.models.exists()
+    assert [path.name for path in run.models.iterdir()] == [".prepared"]
 
 
 def test_more_steps_may_follow(squares: Path) -> None:
@@ -229,6 +233,8 @@ def test_networks_that_draw_on_their_own_resume_exactly(squares: Path, monkeypat
         ({"batch": 8, "seed": 1}, "batch: 4 then, 8 now; seed: 0 then, 1 now"),
         ({"schedule": "cosine"}, "schedule: linear then, cosine now"),
         ({"label": "side"}, "label: None then, side now"),
+        ({"balance": True, "cap": 9}, "balance: False then, True now; cap: None then, 9 now"),
+        ({"min_brain": 0.5}, "min_brain: 0.0 then, 0.5 now"),
     ],
 )
 def test_changed_settings_are_refused_with_the_difference(squares: Path, changed: dict[str, Any], said: str) -> None:
@@ -317,6 +323,12 @@ def test_a_state_of_something_else_is_refused_by_name(squares: Path, about: Any)
         ({"ema": 1.0}, "--ema 1"),
         ({"seed": -1}, "--seed -1"),
         ({"seed": 2**64}, "--seed"),
+        ({"slices": (5, 5)}, "--slices 5:5"),
+        ({"slices": (-1, 5)}, "--slices -1:5"),
+        ({"min_brain": 1.0}, "--min-brain 1"),
+        ({"cap": 0}, "--cap 0"),
+        ({"kind": "diffusion", "balance": True}, "--balance and --cap: a diffusion model has no labels"),
+        ({"kind": "diffusion", "cap": 3}, "--balance and --cap: a diffusion model has no labels"),
         ({"dataset": "../elsewhere"}, "--dataset"),
         ({"dataset": ""}, "--dataset"),
         ({"dataset": ".."}, "--dataset"),
@@ -340,7 +352,7 @@ def test_unusable_data_tasks_and_presets_are_refused_and_nothing_is_written(squa
     ):
         with pytest.raises(error):
             trained(wrong)
-    assert not run.models.exists()
+    assert not run.path.parent.exists()
 
 
 def test_too_few_images_are_refused(tmp_path: Path) -> None:
@@ -354,7 +366,7 @@ def test_models_that_cannot_be_written_are_refused_before_the_first_step(squares
     run = a_run(squares)
     run.models.write_text("a file in the way")
     witness = Witness()
-    with pytest.raises(ModelError, match="models cannot be written to"):
+    with pytest.raises(ModelError, match="models is no folder that can be written to"):
         run_training(run, witness)
     assert not witness.steps
 
@@ -362,7 +374,7 @@ def test_models_that_cannot_be_written_are_refused_before_the_first_step(squares
 def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
     squares: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**18}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**18}))
     with pytest.raises(ModelError, match=r"has 0 MiB free, and checkpoints need 1"):
         trained(a_run(squares))
 
@@ -515,6 +527,27 @@ def test_every_epoch_shows_each_image_once(tmp_path: Path, count: int, batch: in
     assert batch_of(5, run, count) == batch_of(5, run, count)
 
 
+def test_balanced_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
+    labels = [torch.tensor(int(i > 15)) for i in range(20)]
+    run, kinds = a_run(tmp_path, batch=6), strata(labels)
+    batches = [batch_of(step, run, 20, kinds) for step in range(10)]
+    assert [batch_of(step, run, 20, kinds) for step in range(10)] == batches
+    assert all(sum(int(labels[i]) for i in batch) == 3 for batch in batches)
+    assert {i for batch in batches for i in batch} == {*range(20)}
+    assert batch_of(4, replace(run, seed=1), 20, kinds) != batches[4]
+
+
+def test_a_balanced_and_capped_run_resumes_exactly(squares: Path) -> None:
+    whole, parts = (a_run(squares, name, "classify", balance=True, cap=8) for name in ("whole", "parts"))
+    told = trained(whole)
+    assert told.budgets[0].images == 16  # of 9 large and 11 small ones
+    trained(replace(parts, steps=3))
+    trained(parts)
+    assert same(state_of(whole), state_of(parts))
+    settings = describe(whole.path).card.training["settings"]
+    assert (settings["balance"], settings["cap"]) == (True, 8)
+
+
 def test_noise_levels_and_noise_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
     run, x0 = a_run(tmp_path), torch.zeros(4000, 1, 2, 2)
     level, eps = train.draw(run, 3, x0, 10)
@@ -596,6 +629,16 @@ def test_labels_that_only_validation_has_are_skipped(squares: Path) -> None:
     assert "'99'" in budget.skipped["images/05.png"]
 
 
+@pytest.mark.parametrize(("kind", "column"), [("regress", "side"), ("classify", "bulk"), ("segment", "mask")])
+def test_one_missing_label_does_not_refuse_the_others(squares: Path, kind: str, column: str) -> None:
+    lines = [line.split(",") for line in (squares / "manifest.csv").read_text().splitlines()]
+    lines[1][lines[0].index(column)] = ""
+    (squares / "manifest.csv").write_text("\n".join(map(",".join, lines)))
+    (budget,) = trained(a_run(squares, kind=kind, steps=1)).budgets
+    assert (budget.images, list(budget.skipped)) == (19, ["images/00.png"])
+    assert budget.config["label"] == column
+
+
 def test_the_card_tells_where_the_model_comes_from(squares: Path) -> None:
     run = a_run(squares, steps=2, command="knife train regress --data squares")
     trained(run)
@@ -613,6 +656,43 @@ def test_the_card_tells_where_the_model_comes_from(squares: Path) -> None:
     assert record["torch"] == torch.__version__
     trained(replace(run, steps=4))
     assert describe(run.path).card.training["seconds"] > record["seconds"] > 0
+
+
+@pytest.fixture
+def patients(tmp_path: Path) -> Path:
+    """Write volumes of twelve patients; the upper half of each is masked."""
+    for i in range(12):
+        for word in ("t1", "flair", "seg"):
+            volume_(
+                tmp_path / "heads" / f"p{i:02d}_{word}.nii.gz",
+                level=1.0 if word == "seg" else i + 1.0,
+                label=word == "seg",
+            )
+    write_split(recognise(tmp_path / "heads"), val=0.25, test=0.25)
+    return tmp_path / "heads"
+
+
+def test_the_card_tells_which_slices_of_whom_were_trained_on(patients: Path) -> None:
+    run = a_run(patients, kind="classify", layout="sequences", slices=(2, 10), min_brain=0.1, steps=1)
+    (budget,) = trained(run).budgets
+    assert (budget.images, budget.validation) == (6 * 8, "24 images set apart")
+    record = describe(run.path).card.training
+    chosen = {name: record["settings"][name] for name in ("layout", "slices", "min_brain")}
+    assert chosen == {"layout": "sequences", "slices": [2, 10], "min_brain": 0.1}
+    assert record["split"] == hashlib.sha256((patients / "split.json").read_bytes()).hexdigest()
+    assert trained(replace(run, steps=2)).budgets[0].done == 1
+    with pytest.raises(SettingsError, match=r"slices: \[2, 10\] then, \[2, 9\] now; data: 0 images added, 6 removed"):
+        trained(replace(run, slices=(2, 9)))
+
+
+def test_balanced_slices_of_volumes_are_matched_by_height(patients: Path) -> None:
+    for i in range(0, 12, 2):
+        volume_(patients / f"p{i:02d}_seg.nii.gz", level=0.0, label=True)  # healthy
+    job = train.prepare(a_run(patients, kind="classify", balance=True), Witness())
+    assert job.strata is not None
+    assert {*job.strata.tenths} <= {*range(10)}
+    assert {job.strata.tenths[i] for i in job.strata.kept} == {5, 6, 7, 8, 9}  # no mask reaches below
+    assert train.prepare(a_run(patients, kind="segment", balance=True), Witness()).strata.tenths[-1] == 0
 
 
 def test_the_log_goes_on_where_the_state_does(squares: Path) -> None:
@@ -692,3 +772,14 @@ def test_a_gpu_trains_and_resumes(squares: Path, kind: str) -> None:
     assert more.budgets[0].done == 40
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
     assert next(load_model(run.path).parameters()).device.type == "cpu"
+
+
+def test_images_are_decoded_once_for_all_networks(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second training of the same data, of another task, decodes none of them again; changed data are."""
+    read, real = [], train.data.load
+    monkeypatch.setattr(train.data, "load", lambda entries, **more: read.append(len(entries)) or real(entries, **more))
+    run_training(a_run(squares, kind="regress", steps=1), Witness())
+    before = max(read)
+    read.clear()
+    run_training(a_run(squares, kind="classify", steps=1), Witness())
+    assert before > max(read, default=0)

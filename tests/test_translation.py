@@ -14,16 +14,18 @@ import torch
 from conftest import CHANNELS, SIZE, TINY, store
 
 import knife
-from knife import ops
+from knife import ops, outputs, pairs
 from knife import translation as module
 from knife.checkpoint import describe, digest, load, read_tensors, save
 from knife.errors import DeviceError, InputError, KnifeError, ModelError, SettingsError, TargetError, TaskError
 from knife.image import MARK, read
+from knife.outputs import target_word
 from knife.phantom import phantom, write_nifti
 from knife.schedule import Schedule
+from knife.settings import DEFAULTS, Settings
 from knife.spec import ImageSpec
 from knife.tasks import task
-from knife.translation import DEFAULTS, Settings, expand, target_word, translate
+from knife.translation import expand, translate
 
 FEW = Settings(noise_level=10, steps=5)
 
@@ -277,10 +279,9 @@ def test_the_record_says_all_that_was_done(quick, images, models, tmp_path):
     (done,) = quick(images / "healthy.nii", "segment", str(images / "mask.nii"), out=tmp_path)
     record = json.loads(done.files.record.read_text(), parse_constant=pytest.fail)
     assert record == done.record
-    steepness = describe(models / "brain" / "segment.safetensors").card.guidance["gradient"]
     assert record["settings"] == {
-        "noise_level": 10, "steps": 5, "scale": DEFAULTS.strength / steepness, "strength": DEFAULTS.strength,
-        "batch_size": 8, "clamp": False,
+        "noise_level": 10, "steps": 5, "scale": None, "strength": DEFAULTS.strength,
+        "batch_size": 8, "clamp": False, "dtype": "same",
     }  # fmt: skip
     hashes = [digest(models / "brain" / f"{kind}.safetensors") for kind in ("diffusion", "segment")]
     assert [(m["dataset"], m["sha256"], m["shipped"]) for m in record["models"]] == [
@@ -324,11 +325,17 @@ def test_nothing_written_tells_where_files_lie(quick, images, tmp_path):
         assert str(images).encode() not in (tmp_path / name).read_bytes()
 
 
-def test_an_explicit_scale_is_used_and_its_strength_recorded(quick, images, models):
+def test_an_explicit_scale_is_the_papers_and_stands_in_the_record(quick, images, monkeypatch):
+    used, real = [], module.decode
+    monkeypatch.setattr(module, "decode", lambda *arguments: used.append(arguments[5]) or real(*arguments))
     (done,) = quick(images / "slice.nii", "regress", "0.3", settings=replace(FEW, scale=5.0))
-    steepness = describe(models / "brain" / "regress.safetensors").card.guidance["gradient"]
-    assert done.record["settings"]["scale"] == 5.0
-    assert done.record["settings"]["strength"] == pytest.approx(5 * steepness)
+    assert used == [5.0]
+    assert (done.record["settings"]["scale"], done.record["settings"]["strength"]) == (5.0, None)
+
+
+def test_no_strength_is_no_guidance(quick, images):
+    one, other = (quick(images / "slice.nii", "regress", t, settings=replace(FEW, strength=0.0))[0] for t in "+-")
+    assert torch.equal(one.change, other.change)
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -385,7 +392,7 @@ def test_a_folder_with_another_kind_of_image_is_refused_by_its_name(quick, image
 @pytest.fixture
 def shipped(models, monkeypatch, tmp_path):
     """Put a copy of the tiny models in the place of the shipped ones."""
-    monkeypatch.setattr(module, "STARTER", Path(shutil.copytree(models, tmp_path / "starter")))
+    monkeypatch.setattr(pairs, "STARTER", Path(shutil.copytree(models, tmp_path / "starter")))
     monkeypatch.chdir(tmp_path)
 
 
@@ -476,7 +483,7 @@ def test_a_guide_of_another_value_range_is_refused_with_the_difference(own, imag
 
 
 def test_other_channels_of_the_same_number_are_refused(own, images, no_network, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "STARTER", tmp_path / "nowhere")  # else a shipped model would serve
+    monkeypatch.setattr(pairs, "STARTER", tmp_path / "nowhere")  # else a shipped model would serve
     for kind in ("diffusion", "regress"):
         path = own / "brain" / f"{kind}.safetensors"
         edited(path, spec=replace(describe(path).card.spec, channels=("t1", "t1ce", "t2", "pd")))
@@ -495,7 +502,9 @@ def test_channels_without_names_in_the_model_fit_any(own, images):
 def test_a_guide_without_measured_steepness_needs_a_scale(own, images):
     path = own / "brain" / "regress.safetensors"
     edited(path, guidance={})
-    with pytest.raises(SettingsError, match=r"--scale: none was measured for brain/regress\.safetensors; give"):
+    with pytest.raises(
+        SettingsError, match=r"--strength: no steepness is known of brain/regress\.safetensors; give --scale"
+    ):
         translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
     (done,) = translate(images / "slice.nii", "regress", "0.3", models=own, settings=replace(FEW, scale=2.0))
     assert done.record["settings"]["scale"] == 2.0
@@ -536,12 +545,13 @@ def test_settings_that_are_refused(quick, images, tmp_path, no_network, changes,
         ("regress", "7", TargetError, "--target 7: outside"),
         ("classify", "ill", TargetError, "--target ill: no such class; give one of diseased, healthy"),
         ("segment", "nowhere.nii", InputError, "nowhere.nii: no such file"),
-        ("segment", "small.nii", InputError, "small.nii: the mask is 16 x 16, but .* is 32 x 32"),
+        ("segment", "small.png", InputError, "small.png: the mask is 16 x 16, but .* is 32 x 32"),
+        ("segment", "ellipse:1,2", TargetError, "ellipse:1,2: give ellipse:cx,cy,rx,ry in pixels"),
     ],
 )
 def test_tasks_and_targets_that_are_refused(quick, images, tmp_path, no_network, kind, target, error, words):
-    nifti(tmp_path / "small.nii", np.eye(16))
-    target = str(tmp_path / target) if kind == "segment" else target
+    PIL.Image.fromarray(np.eye(16, dtype=np.uint8)).save(tmp_path / "small.png")
+    target = str(tmp_path / target) if target.endswith((".nii", ".png")) else target
     with pytest.raises(error, match=words):
         quick(images / "slice.nii", kind, target, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -554,7 +564,7 @@ def test_images_that_are_refused(quick, images, tmp_path, no_network):
         "text.png": "not a PNG",
         "missing.nii": "no such file",
         "three.nii": r"3 channels, but .* trained on 4",
-        "volume.nii": "a volume",
+        "volume.nii": "nothing to translate there",
     }
     nifti(tmp_path / "nan.nii", np.full((4, 32, 32), np.nan))
     nifti(tmp_path / "flat.nii", np.ones((4, 32, 32)))
@@ -647,7 +657,7 @@ def test_a_full_disk_is_a_refusal_without_a_record(quick, images, tmp_path, monk
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_safely", full)
+    monkeypatch.setattr(outputs, "write_safely", full)
     with pytest.raises(SettingsError, match=r"-o .*out: cannot be written to \(No space left on device\)"):
         quick(images / "slice.nii", "regress", "0.3", out=tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.json"))
@@ -657,3 +667,17 @@ def test_an_image_that_vanishes_is_refused(quick, tmp_path):
     os.symlink(tmp_path / "gone.nii", tmp_path / "link.nii")
     with pytest.raises(InputError, match=r"link\.nii: no such file"):
         quick(tmp_path / "link.nii", "regress", "0.3")
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("same", "int16"), ("float32", "float32")])
+def test_voxels_are_stored_as_asked(quick, images, tmp_path, dtype, stored):
+    image = nibabel.load(images / "slice.nii")
+    whole = (image.get_fdata() * 1000).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(whole, image.affine), tmp_path / "x.nii")
+    settings = replace(FEW, dtype=dtype)
+    (done,) = quick(tmp_path / "x.nii", "segment", "ellipse:50%,50%,8,5", out=tmp_path / "out", settings=settings)
+    assert nibabel.load(done.files.image).get_data_dtype() == stored
+    assert done.record["settings"]["dtype"] == dtype
+    assert 25 < done.target.sum() < 35  # of 125 pixels, on a grid half as fine
+    with pytest.raises(SettingsError, match="--dtype int8: give same or float32"):
+        quick(tmp_path / "x.nii", "segment", "ellipse:50%,50%,8,5", settings=replace(FEW, dtype="int8"))

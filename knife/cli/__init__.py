@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knife import __version__
+from knife.cli.data import data_app
 from knife.cli.terminal import Show, duration, give, give_json, progress, say, show_facts, show_table, words
 from knife.errors import KnifeError, SettingsError
+from knife.settings import DEFAULTS, Settings
 
 if TYPE_CHECKING:
     from knife.train import Budget
@@ -32,9 +34,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 plugins_app = typer.Typer(help="Guidance tasks: what is installed, and a start for your own.", no_args_is_help=True)
-models_app = typer.Typer(help="Trained models: list them, import foreign weights.", no_args_is_help=True)
+models_app = typer.Typer(help="Trained models: list, import and export them.", no_args_is_help=True)
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Models = Annotated[Path, typer.Option("--models", help="Folder of trained models.")]
@@ -90,6 +93,19 @@ def train(
     label: Annotated[
         str | None, typer.Option("--label", help="What a task learns, where the data hold several.")
     ] = None,
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="How the folder is laid out; default: what fits.")
+    ] = None,
+    slices: Annotated[
+        str | None, typer.Option("--slices", help="Axial slices of volumes, FIRST:LAST+1, as 80:129; default: all.")
+    ] = None,
+    min_brain: Annotated[
+        float, typer.Option("--min-brain", help="Skip slices of volumes that show less than this share.")
+    ] = 0.0,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Show classes, or tenths of the label's range, equally often.")
+    ] = False,
+    cap: Annotated[int | None, typer.Option("--cap", help="Images of one class or value at most.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps in all; default: the preset's.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Images a step; default: the preset's.")
@@ -126,6 +142,11 @@ def train(
         seed=seed,
         schedule=schedule,
         label=label,
+        layout=layout,
+        slices=slice_range(slices),
+        min_brain=min_brain,
+        balance=balance,
+        cap=cap,
         device=where,
         accumulate=accumulate,
         every=every,
@@ -139,6 +160,17 @@ def train(
         say(f"knife: stopped after step {reached}; {kept}. The same command resumes.")
         raise typer.Exit(128 + caught[0])
     give(run.path)
+
+
+def slice_range(text: str | None) -> tuple[int, int] | None:
+    """Read FIRST:LAST+1."""
+    if text is None:
+        return None
+    try:
+        first, end = map(int, text.split(":"))
+    except ValueError:
+        raise SettingsError(f"--slices {text}: give the first slice and the last + 1, such as 80:129.") from None
+    return first, end
 
 
 def command_line(arguments: Iterable[str]) -> str:
@@ -214,34 +246,59 @@ class TrainingView:
 def translate(
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or folders with a file a sequence.")],
     task: Annotated[str, typer.Option("--task", help="The task that guides: regress, classify, segment, a plugin's.")],
-    target: Annotated[str, typer.Option("--target", help="What it shall become: 0.3, + or -, healthy, mask.nii.")],
+    target: Annotated[
+        str, typer.Option("--target", help="What it shall become: 0.3, +, -, healthy, mask.nii, ellipse:x,y,rx,ry.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.")] = Path("translated"),
     models: Models = Path("models"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Which models, where several fit.")] = None,
-    noise_level: Annotated[int | None, typer.Option("--noise-level", help="Level L to encode to.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps to encode, and to decode.")] = None,
+    slices: Annotated[
+        str | None,
+        typer.Option(
+            "--slices", help="Axial slices of volumes, FIRST:LAST+1, as 80:129; default: all that show brain."
+        ),
+    ] = None,
+    one_slice: Annotated[
+        int | None, typer.Option("--slice", help="One axial slice of a volume, written as an image too.")
+    ] = None,
+    noise_level: Annotated[int, typer.Option("--noise-level", help="Level L to encode to.")] = DEFAULTS.noise_level,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", help=f"Steps to encode, and to decode; default: {DEFAULTS.steps}, or L if that is less."
+        ),
+    ] = None,
     scale: Annotated[float | None, typer.Option("--scale", help="The paper's s; default: by --strength.")] = None,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="Size of the guidance against the noise's.")
+        float | None,
+        typer.Option("--strength", help=f"Size of the guidance against the noise's; default: {DEFAULTS.strength}."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images translated at once.")] = None,
-    clamp: Annotated[bool | None, typer.Option("--clamp/--no-clamp", help="Keep predictions in range.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images translated at once.")] = DEFAULTS.batch_size,
+    clamp: Annotated[
+        bool, typer.Option("--clamp/--no-clamp", help="Keep the predicted clean image in range.")
+    ] = DEFAULTS.clamp,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Voxels of NIfTI results: same (as the input, if all fit) or float32.")
+    ] = DEFAULTS.dtype,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Translate images; writes result, difference map, panel and record of each."""
-    from dataclasses import replace
-
-    from knife.translation import DEFAULTS
     from knife.translation import translate as run_translation
 
     if scale is not None and strength is not None:
         raise SettingsError("--scale and --strength: two ways to say the same; give one of them.")
-    if steps is None and noise_level is not None:
-        steps = min(DEFAULTS.steps, max(noise_level, 1))
-    given: dict[str, Any] = {"noise_level": noise_level, "steps": steps, "scale": scale, "strength": strength}
-    given |= {"batch_size": batch_size, "clamp": clamp}
-    settings = replace(DEFAULTS, **{name: value for name, value in given.items() if value is not None})
+    if slices is not None and one_slice is not None:
+        raise SettingsError("--slices and --slice: two ways to say the same; give one of them.")
+    settings = Settings(
+        noise_level=noise_level,
+        steps=min(DEFAULTS.steps, max(noise_level, 1)) if steps is None else steps,
+        scale=scale,
+        strength=DEFAULTS.strength if strength is None else strength,
+        batch_size=batch_size,
+        clamp=clamp,
+        dtype=dtype,
+    )
     with progress() as show:
         done = run_translation(
             images,
@@ -251,6 +308,7 @@ def translate(
             models=models,
             dataset=dataset,
             settings=settings,
+            slices=slice_range(slices) if one_slice is None else (one_slice, one_slice + 1),
             device=device,
             started=say_how,
             progress=lambda done, total: show("translating", done, total),
@@ -259,17 +317,20 @@ def translate(
         give_json([{**t.record, "folder": str(out)} for t in done])
         return
     show_table([row(t.record) for t in done], words)
-    for translation in done:
-        give(translation.files.image if translation.files else "")
+    for file in dict.fromkeys(translation.files.image for translation in done if translation.files):
+        give(file)
 
 
 def say_how(about: Mapping[str, Any]) -> None:
     """Say what a translation is about to do, with which models and where."""
     settings, model = about["settings"], about["models"][0]
+    scale, strength = settings["scale"], settings["strength"]
+    guidance = f"strength {strength:g}" if scale is None else f"scale {scale:g}"
+    done = f" ({about['done']} more are done already)" if about["done"] else ""
     say(
-        f"{about['images']} image{'s' * (about['images'] != 1)}; models {model['dataset']}"
+        f"{about['images']} image{'s' * (about['images'] != 1)}{done}; models {model['dataset']}"
         f"{' (shipped with knife)' if model['shipped'] else ''}; noise level {settings['noise_level']}, "
-        f"{settings['steps']} steps, scale {settings['scale']:.4g}; {about['device']}."
+        f"{settings['steps']} steps, {guidance}; {about['device']}."
     )
     for name in about["left_out"]:
         say(f"  left out {name}: a mask by its name; to translate it, name it.")
@@ -280,7 +341,8 @@ def row(record: Mapping[str, Any]) -> dict[str, object]:
     seen = {f"{name} {when}": record[when][name] for name in record["after"] for when in ("before", "after")}
     first, *others = record["input"]
     shown = f"{first} and {len(others)} more" if others else first
-    return {"input": shown, "target": record["target"], **seen, "seconds": record["seconds"]}
+    of_slice = {name: record[name] for name in ("slice", "changed_inside", "changed_outside") if name in record}
+    return {"input": shown, "target": record["target"], **seen, **of_slice, "seconds": record["seconds"]}
 
 
 @app.command()
@@ -384,25 +446,79 @@ def models_list(models: Models = Path("models"), as_json: Json = False) -> None:
 
 @models_app.command("import")
 def models_import(
-    file: Annotated[Path, typer.Argument(help="Weights in guided-diffusion's layout (.pt).")],
-    preset: Annotated[str, typer.Option("--preset", help="The architecture they have (knife presets).")],
+    file: Annotated[Path, typer.Argument(help="Weights of guided-diffusion (.pt), or a folder of diffusers.")],
     dataset: Annotated[str, typer.Option("--name", help="Name of the data set to store them under.")],
     kind: Annotated[str, typer.Option("--as", help="diffusion, regress, classify or segment.")] = "diffusion",
-    value_range: Annotated[str, typer.Option("--value-range", help="Range of their images: LOW,HIGH.")] = "-1,1",
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="Architecture they must have; default: as they tell.")
+    ] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Edge of their images; default: the paper's.")] = None,
+    heads: Annotated[int | None, typer.Option("--heads", help="Heads of attention; default: the paper's.")] = None,
+    head_width: Annotated[int | None, typer.Option("--head-width", help="Channels a head, instead of --heads.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="linear or cosine, of 1000 levels; default: linear.")
+    ] = None,
+    value_range: Annotated[
+        str | None, typer.Option("--value-range", help="Range of their images: LOW,HIGH; default: -1,1.")
+    ] = None,
+    label: Annotated[
+        int | None, typer.Option("--class", help="Class that is asked for ever; default: the mean of all.")
+    ] = None,
     models: Models = Path("models"),
 ) -> None:
-    """Import weights of the guided-diffusion family."""
+    """Import weights of the guided-diffusion family, or of diffusers."""
     from knife.checkpoint import save
-    from knife.interop import import_guided_diffusion
+    from knife.diffusers import import_diffusers
+    from knife.interop import Told, import_guided_diffusion
+    from knife.schedule import Schedule
 
     if not dataset or Path(dataset).name != dataset or dataset.startswith("."):
         raise SettingsError(f"--name {dataset!r}: not the name of a folder; give a plain word.")
     path = models / dataset / f"{kind}.safetensors"
     if path.exists():
         raise SettingsError(f"--name {dataset}: {path} is there already; give another name, or remove it.")
-    card, weights = import_guided_diffusion(file, preset, kind, dataset, two_numbers(value_range))
+    if preset is not None and file.is_dir():
+        raise SettingsError(f"--preset {preset}: a folder of diffusers tells its architecture; leave it out.")
+    told = Told(
+        value_range=None if value_range is None else two_numbers(value_range),
+        size=None if size is None else (size, size),
+        heads=heads,
+        head_width=head_width,
+        schedule=None if schedule is None else Schedule(schedule, 1000),
+        label=label,
+    )
+    if file.is_dir():
+        card, weights = import_diffusers(file, kind, dataset, told)
+    else:
+        card, weights = import_guided_diffusion(file, kind, dataset, told, preset)
     save(path, weights, card.to_json())
+    say_what_was_assumed(card.training)
     give(path)
+
+
+def say_what_was_assumed(training: Mapping[str, Any]) -> None:
+    """Say which of an import's settings nobody told, and how a class-conditional network will be asked."""
+    if training.get("assumed"):
+        options = " ".join(f"{name}={value}" for name, value in training["assumed"].items())
+        say(f"assumed: {options}; if it was trained otherwise, import it with these options as they were.")
+    if training.get("class") == "mean":
+        say("class-conditional: asked with the mean of its classes; --class N picks one.")
+
+
+@models_app.command("export")
+def models_export(
+    file: Annotated[Path, typer.Argument(help="A stored model (.safetensors).")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")],
+    form: Annotated[str, typer.Option("--format", help="What shall open it: diffusers.")] = "diffusers",
+) -> None:
+    """Write a model as a folder that diffusers opens: UNet2DModel.from_pretrained(FOLDER)."""
+    from knife.diffusers import export_diffusers
+
+    if form != "diffusers":
+        raise SettingsError(f"--format {form}: unknown; give diffusers.")
+    if export_diffusers(file, out).spec.unet.classes:
+        say("its label embedding is left out: knife asks it without a label.")
+    give(out)
 
 
 def two_numbers(text: str) -> tuple[float, float]:

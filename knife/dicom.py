@@ -1,0 +1,136 @@
+"""DICOM series as volumes: one file a slice, put in order by where each lies in the patient. Results are NIfTI.
+
+Of a file only pixels and geometry are used; names, dates and all else of the patient stay where they are. Needs pydicom
+(the extra `dicom`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knife.errors import InputError
+from knife.files import refusing, regular, shown
+from knife.image import SEQUENCES, mr_name
+from knife.nifti import Array, new_header
+from knife.volume import Volume, joined, stacked
+
+MAGIC = b"DICM"  # after 128 bytes that may hold anything
+TAGS = ("SeriesInstanceUID", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")
+UNEVEN = 0.02  # share of the usual gap between slices by which one may differ
+TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM counts towards left and posterior, NIfTI towards right and anterior
+
+
+def is_dicom(file: Path) -> bool:
+    """Tell whether a file is DICOM, by its first bytes."""
+    try:
+        with regular(file) as stream:
+            return stream.read(132)[128:] == MAGIC
+    except (InputError, OSError):
+        return False
+
+
+def series_files(folder: Path) -> list[Path]:
+    """Return the DICOM files of a folder, sorted by name; a folder is a series if its first file is DICOM."""
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith(".") and not file.is_dir())
+    return [file for file in files if is_dicom(file)] if files and is_dicom(files[0]) else []
+
+
+def open_series(folder: Path) -> Volume:
+    """Read one series as a volume of one channel, whose file is the folder.
+
+    Raises:
+        InputError: if pydicom is not installed, a file cannot be read, or the slices make no volume.
+    """
+    with refusing(folder, "a DICOM series"):
+        slices = [read_slice(file) for file in series_files(folder)]
+        check_one_series(slices, folder)
+        return ordered(slices, folder)
+
+
+def case_of(folder: Path) -> tuple[Path, ...]:
+    """Return the series of one head: the folder itself, or its folders named by MR sequences, in canonical order."""
+    if series_files(folder):
+        return (folder,)
+    inside = {mr_name(place): place for place in sorted(folder.iterdir()) if place.is_dir() and series_files(place)}
+    return tuple(inside[name] for name in SEQUENCES if name in inside)
+
+
+def open_case(folders: Sequence[Path]) -> Volume:
+    """Read one series, or series of one head in folders named by MR sequences, as the channels of one volume.
+
+    Raises:
+        InputError: if one cannot be read, or their grids differ.
+    """
+    if len(folders) == 1:
+        return open_series(folders[0])
+    return joined(tuple(str(mr_name(folder)) for folder in folders), [open_series(folder) for folder in folders])
+
+
+def read_slice(file: Path) -> Any:
+    """Read one file.
+
+    Raises:
+        InputError: if it is no image that lies somewhere, or has several frames.
+    """
+    try:
+        import pydicom
+    except ImportError as error:
+        raise InputError(
+            f"{shown(file)}: DICOM is read by pydicom; pip install 'knife-diffusion[dicom]', or convert it to NIfTI."
+        ) from error
+    with refusing(file, "a DICOM image"), regular(file) as stream:
+        read = pydicom.dcmread(stream)
+        lacking = [tag for tag in (*TAGS, "PixelData") if tag not in read]
+        if lacking or int(read.get("NumberOfFrames", 1)) != 1 or int(read.get("SamplesPerPixel", 1)) != 1:
+            reason = f"lacks {', '.join(lacking)}" if lacking else "holds several frames or colours"
+            raise InputError(
+                f"{shown(file)}: {reason}; give a series of one grey slice a file, or convert it to NIfTI."
+            )
+        read.voxels = read.pixel_array
+        return read
+
+
+def check_one_series(slices: Sequence[Any], folder: Path) -> None:
+    """Refuse what is more than one series, or too little for a volume."""
+    series = {one.SeriesInstanceUID for one in slices}
+    if len(series) > 1:
+        raise InputError(
+            f"{shown(folder)}: {len(series)} DICOM series in one folder; put each into a folder of its own."
+        )
+    if len(slices) < 2:
+        raise InputError(f"{shown(folder)}: {len(slices)} DICOM files make no volume; give a whole series.")
+    for name in ("ImageOrientationPatient", "PixelSpacing"):
+        values = np.array([one[name].value for one in slices], dtype=float)
+        if np.abs(values - values[0]).max() > 1e-4:
+            raise InputError(f"{shown(folder)}: its slices differ in {name}; give one series of parallel slices.")
+
+
+def ordered(slices: Sequence[Any], folder: Path) -> Volume:
+    """Put slices in order along their common normal, and make a volume of them."""
+    first = slices[0]
+    along_columns, along_rows = np.array(first.ImageOrientationPatient, dtype=float).reshape(2, 3)
+    normal = np.cross(along_columns, along_rows)
+    places = np.array([one.ImagePositionPatient for one in slices], dtype=float)
+    order = np.argsort(places @ normal)
+    gaps = np.diff((places @ normal)[order])
+    if gaps.min() <= 0 or np.ptp(gaps) > UNEVEN * np.median(gaps):
+        found = f"{gaps.min():.3g} to {gaps.max():.3g} mm apart"
+        raise InputError(f"{shown(folder)}: its slices lie {found}; one is missing or there twice.")
+    row_spacing, column_spacing = (float(value) for value in first.PixelSpacing)
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = along_columns * column_spacing, along_rows * row_spacing
+    affine[:3, 2] = (places[order[-1]] - places[order[0]]) / (len(slices) - 1)
+    affine[:3, 3] = places[order[0]]
+    values = np.stack([intensities(slices[i]) for i in order], axis=2)[..., None]  # [column, row, slice, 1]
+    return stacked(values, new_header(TO_RAS @ affine, values), TO_RAS @ affine, values.shape[:3], folder)
+
+
+def intensities(one: Any) -> Array:
+    """Return a slice's intensities [column, row]: int16 where rescaling leaves whole numbers that fit, else float32."""
+    slope, intercept = float(one.get("RescaleSlope", 1)), float(one.get("RescaleIntercept", 0))
+    values = one.voxels.T * slope + intercept
+    bounds = np.iinfo(np.int16)
+    fits = (values == values.round()).all() and bounds.min <= values.min() and values.max() <= bounds.max
+    return values.astype(np.int16 if fits else np.float32)

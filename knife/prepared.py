@@ -1,0 +1,144 @@
+"""Decoded images kept on disk: a training never waits for decoding, and need not hold its images in memory.
+
+A prepared set is a folder named by a hash of everything that its pixels depend on: what lies in the files, the model's
+size, range and channels. It holds pixels and masks as plain float32, mapped into memory when they are used, and an
+index. It is built beside its place and moved there whole, so that a killed or a second writer does no harm: whoever
+comes first is kept.
+"""
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from knife.data import Case, Loaded
+from knife.errors import InputError
+from knife.files import room, write_safely
+from knife.layouts import Entry
+
+FORMAT = 1  # to be raised when knife decodes anything differently
+AT_ONCE = 256  # images that are decoded before they are written
+HEADROOM = 1.05  # free disk that is asked for, against what the images take
+
+Load = Callable[[Sequence[Entry]], Loaded]
+
+
+class Shape(NamedTuple):
+    """The form of every image of a prepared set."""
+
+    channels: int
+    height: int
+    width: int
+
+
+def key(inventory: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """Return the name of the prepared set of some files (name -> hash of their content) under some settings."""
+    told = json.dumps([FORMAT, sorted(inventory.items()), settings], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def prepared(
+    folder: Path, entries: Sequence[Entry], shape: Shape, load: Load, progress: Callable[[int], None]
+) -> Loaded:
+    """Return the images of some entries, decoded once and for all into `folder`.
+
+    Args:
+        folder: where the set lies, or will lie; its last part is its `key`.
+        entries: what to decode if it is not there yet.
+        shape: of every image.
+        load: decodes some entries; what it skips is remembered with its reason.
+        progress: called with the number of entries done.
+
+    Returns:
+        The cases, whose pixels and masks are mapped from the disk: reading one reads it from there.
+
+    Raises:
+        InputError: if the disk has too little room, or refuses.
+    """
+    if not (folder / "index.json").exists():
+        building = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+        try:
+            refuse_full_disk(folder, len(entries) * (shape.channels + 1) * shape.height * shape.width * 4)
+            building.mkdir(parents=True)
+            build(building, entries, shape, load, progress)
+            publish(building, folder)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written to ({error.strerror}); make room, or allow it.") from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    progress(len(entries))
+    return mapped(folder, shape)
+
+
+def build(folder: Path, entries: Sequence[Entry], shape: Shape, load: Load, progress: Callable[[int], None]) -> None:
+    """Decode entries part by part into the files of a new set."""
+    told: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    with (folder / "pixels.f32").open("xb") as pixels, (folder / "masks.f32").open("xb") as masks:
+        for first in range(0, len(entries), AT_ONCE):
+            part = load(entries[first : first + AT_ONCE])
+            skipped |= part.skipped
+            for case in part.cases:
+                pixels.write(case.pixels.numpy().tobytes())
+                outlined = None if case.mask is None else masks.tell() // (4 * case.mask.numel())
+                if case.mask is not None:
+                    masks.write(case.mask.numpy().tobytes())
+                told.append({"name": case.name, "mask": outlined, "values": dict(case.values)})
+            progress(min(first + AT_ONCE, len(entries)))
+        for file in (pixels, masks):
+            file.flush()
+            os.fsync(file.fileno())
+    write_safely(folder / "index.json", json.dumps({"cases": told, "skipped": skipped}).encode())
+
+
+def publish(building: Path, folder: Path) -> None:
+    """Move a finished set to its place, unless another writer was quicker."""
+    try:
+        building.rename(folder)
+    except OSError:
+        if not (folder / "index.json").exists():
+            raise
+
+
+def mapped(folder: Path, shape: Shape) -> Loaded:
+    """Map a prepared set into memory.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        told, skipped = index["cases"], dict(index["skipped"])
+        pixels = tensor(folder / "pixels.f32", [len(told), *shape])
+        masks = tensor(folder / "masks.f32", [sum(one["mask"] is not None for one in told), 1, *shape[1:]])
+        cases = [
+            Case(one["name"], x, None if one["mask"] is None else masks[one["mask"]], one["values"])
+            for one, x in zip(told, pixels, strict=True)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{folder}: this prepared data set is damaged; remove the folder, it is made anew.") from error
+    return Loaded(cases, skipped)
+
+
+def tensor(file: Path, shape: list[int]) -> Tensor:
+    """Map a file into memory as a float32 tensor; what is written to the tensor never reaches the file."""
+    count = math.prod(shape)
+    if file.stat().st_size != count * 4:
+        raise ValueError(f"{file} is of another size")
+    return torch.from_file(str(file), shared=False, size=count, dtype=torch.float32).view(shape)
+
+
+def refuse_full_disk(folder: Path, need: int) -> None:
+    """Refuse to begin what the disk has no room for."""
+    free = room(folder)
+    if free < need * HEADROOM:
+        found = f"{free / 2**30:.1f} GiB are free, and the decoded images need {need / 2**30:.1f}"
+        raise InputError(f"{folder.parent}: {found}; make room.")

@@ -1,0 +1,247 @@
+"""Whole volumes through a translation: which slices, what is done already, and the volume, table and record at the end.
+
+Each finished slice is kept in a hidden folder beside the results until all are there, so that the same command goes on
+where it was stopped. What is kept counts only for the same inputs, models, target and settings.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knife import checkpoint, volume
+from knife.errors import InputError, ModelError
+from knife.files import write_safely
+from knife.image import Image, is_image, sequence_of
+from knife.outputs import Files, Translation, Unit, draw, refusing_disk, save
+from knife.volume import Volume
+
+BRAIN = 0.1  # share of its pixels that makes a slice worth translating, where nothing else is said
+Span = tuple[int, int]  # first, last + 1
+SETTINGS = ("noise_level", "steps", "scale", "strength", "clamp")  # those that a result depends on
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A volume of which some slices are translated.
+
+    slices: their numbers, rising. mask: the outlined tumour beside it, [D, H, W] bool, if there is one.
+    """
+
+    volume: Volume
+    slices: tuple[int, ...]
+    mask: Tensor | None = None
+
+    @property
+    def source(self) -> Any:
+        """Return where the volume came from."""
+        return self.volume.source
+
+    @cached_property
+    def images(self) -> list[Image]:
+        """Return the slices."""
+        return [self.volume.slice(k) for k in self.slices]
+
+
+# -------------------------------------------------------------------------------------------------------------- opening
+
+
+def open_stack(stack: Volume, wanted: Span | None) -> Stack:
+    """Choose slices of a volume: those wanted (first, last + 1), else all that show enough brain.
+
+    Slices on which every pixel is the same are never translated.
+
+    Raises:
+        InputError: if there is nothing to translate.
+    """
+    name = stack.source.paths[0].name
+    flat = stack.pixels.flatten(2)
+    shows = (flat != flat[..., :1]).any(2).any(0).tolist()
+    first, end = wanted or (0, stack.count)
+    least = 0.0 if wanted else BRAIN
+    chosen = [k for k in range(max(first, 0), min(end, stack.count)) if shows[k] and stack.brain(k) >= least]
+    if not chosen:
+        asked = f"--slices {first}:{end}" if wanted else "none of its slices"
+        raise InputError(f"{name}: {asked}: nothing to translate there; its axial slices are 0 to {stack.count - 1}.")
+    return Stack(stack, tuple(chosen), outlined(stack))
+
+
+def outlined(stack: Volume) -> Tensor | None:
+    """Return the mask that lies beside a volume of several files and on its grid, [D, H, W] bool, if there is one."""
+    folder = stack.source.paths[0].parent
+    beside = [file for file in folder.iterdir() if is_image(file) and is_mask(file)] if len(stack.files) > 1 else []
+    if len(beside) != 1:
+        return None
+    try:
+        return torch.stack([stack.mask(beside[0], k)[0] > 0 for k in range(stack.count)])
+    except InputError:
+        return None
+
+
+def is_mask(file: Path) -> bool:
+    """Tell whether a file's name is that of a mask."""
+    told = sequence_of(file)
+    return told is not None and told.name == "seg"
+
+
+# ----------------------------------------------------------------------------------------------- what is done already
+
+
+def unit(
+    stack: Stack, targets: Sequence[Tensor], files: Files, about: Mapping[str, Any], value_range: tuple[float, float]
+) -> Unit:
+    """Return what is still to do of a stack."""
+    key, folder, dtype = key_of(stack, about, targets), place_of(files), about["settings"]["dtype"]
+    done = kept(stack, folder, key, targets, value_range)
+    todo = {
+        k: (image, target)
+        for k, image, target in zip(stack.slices, stack.images, targets, strict=True)
+        if k not in done
+    }
+
+    def deliver(fresh: Iterable[Translation]) -> list[Translation]:
+        for k, one in zip(todo, fresh, strict=True):
+            with refusing_disk(files):
+                keep(one, k, folder, key)
+            done[k] = one
+        return finish(stack, {k: done[k] for k in stack.slices}, files, dtype)
+
+    return Unit(list(todo.values()), deliver, len(done))
+
+
+def place_of(files: Files) -> Path:
+    """Return the folder that keeps the finished slices until all are there."""
+    return files.record.with_name(f".{files.record.stem}.part")
+
+
+def key_of(stack: Stack, about: Mapping[str, Any], targets: Sequence[Tensor]) -> str:
+    """Return a hash of all that a result depends on."""
+    chosen = {name: about["settings"][name] for name in SETTINGS}
+    told = [about["knife"], about["task"], about["target"], chosen, [model["sha256"] for model in about["models"]]]
+    hashed = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for tensor in (stack.volume.pixels, stack.volume.window, *targets):
+        hashed.update(tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def kept(
+    stack: Stack, folder: Path, key: str, targets: Sequence[Tensor], value_range: tuple[float, float]
+) -> dict[int, Translation]:
+    """Return the slices that an earlier call finished, slice number -> translation; what is damaged is done again."""
+    done = {}
+    for k, image, target in zip(stack.slices, stack.images, targets, strict=True):
+        try:
+            about = checkpoint.read_about(folder / f"{k}.safetensors")
+            if about.get("key") == key:
+                change = checkpoint.read_tensors(folder / f"{k}.safetensors")["change"]
+                done[k] = Translation(image, image.plus(change, value_range), change, target, about["record"])
+        except (ModelError, KeyError):
+            continue
+    return done
+
+
+def keep(translation: Translation, k: int, folder: Path, key: str) -> None:
+    """Keep a finished slice until all are there."""
+    about = {"key": key, "record": translation.record}
+    checkpoint.save(folder / f"{k}.safetensors", {"change": translation.change}, about)
+
+
+# -------------------------------------------------------------------------------------------------------------- the end
+
+OWN = ("before", "after", "along", "seconds")  # what a record says of one slice alone
+
+
+def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: str) -> list[Translation]:
+    """Write the volume, its difference map, panel, table and record; return its slices' translations.
+
+    A lone slice is written as an image of its own too. What was kept of the slices is removed.
+
+    Raises:
+        SettingsError: if the disk refuses.
+    """
+    whole = stack.volume
+    said = {
+        k: {"slice": k, **{name: one.record[name] for name in OWN}, **changed(stack, k, one)} for k, one in done.items()
+    }
+    result = whole.with_slices({k: one.result.pixels for k, one in done.items()})
+    difference = (result.pixels - whole.pixels).abs().sum(0, keepdim=True)  # the paper's map: summed over channels
+    most = max(done, key=lambda k: float(difference[0, k].sum()))
+    record = {
+        **{name: value for name, value in done[most].record.items() if name not in OWN},
+        "files": [file.name for file in (*files, table_of(files))],
+        "difference": "sum over the channels of |output - input|, in the intensities of the file",
+        "panel": f"slice {most}, the one that changed most",
+        "slices": list(said.values()),
+    }
+    with refusing_disk(files):
+        volume.write(result, files.image, dtype)
+        volume.write(whole.like(difference), files.difference)
+        write_safely(files.panel, draw(done[most]))
+        write_safely(table_of(files), table([row_of(one) for one in said.values()]))
+        write_safely(files.record, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    if len(done) == 1:
+        save(done[most], alone(files, most), dtype)
+    shutil.rmtree(place_of(files), ignore_errors=True)
+    return [replace(one, record={**one.record, **said[k]}, files=files) for k, one in done.items()]
+
+
+def changed(stack: Stack, k: int, one: Translation) -> dict[str, float | None]:
+    """Return how much a slice changed inside and outside the mask: means over pixels and channels, of the window."""
+    low, high = one.source.window[:, :, None, None].unbind(1)
+    change = ((one.result.pixels - one.source.pixels).abs() / (high - low)).mean(0)
+    brain, inside = ~one.source.background, mask_on(stack, k, one)
+    parts = {"changed_inside": brain & inside, "changed_outside": brain & ~inside}
+    return {name: round(float(change[part].mean()), 6) if part.any() else None for name, part in parts.items()}
+
+
+def mask_on(stack: Stack, k: int, one: Translation) -> Tensor:
+    """Return where a slice may well change, [H, W] bool: its outlined tumour, and the wanted one."""
+    inside = torch.zeros(one.source.pixels.shape[1:], dtype=torch.bool)
+    if stack.mask is not None:
+        inside |= stack.mask[k]
+    if one.target.shape == (1, *one.change.shape[1:]):
+        inside |= one.source.from_grid(one.target.float())[0] > 0.5
+    return inside
+
+
+def row_of(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the table: what the guide saw before and after, and how much changed."""
+    seen = {f"{name} {when}": said[when][name] for name in said["after"] for when in ("before", "after")}
+    return {
+        "slice": said["slice"],
+        **seen,
+        **{name: said[name] for name in ("changed_inside", "changed_outside", "seconds")},
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def alone(files: Files, k: int) -> Files:
+    """Return where the only slice goes as an image of its own."""
+    return Files(
+        *(
+            file.with_name(f"{file.name[: len(files.record.stem)]}_slice{k}{file.name[len(files.record.stem) :]}")
+            for file in files
+        )
+    )
+
+
+def table_of(files: Files) -> Path:
+    """Return where the table goes: a row for each slice."""
+    return files.record.with_suffix(".csv")

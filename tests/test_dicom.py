@@ -1,0 +1,149 @@
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+from knife import dicom, volume
+from knife.errors import InputError
+from knife.settings import Settings
+from knife.translation import translate
+
+ROWS, COLUMNS, DEPTH = 12, 10, 11
+SPACING, GAP = (1.25, 0.75), 2.5  # between rows, between columns; between slices
+AXIAL = (1, 0, 0, 0, 1, 0)
+TILTED = (1, 0, 0, 0, np.cos(0.2), np.sin(0.2))
+
+
+def voxels(seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 900, (DEPTH, ROWS, COLUMNS)).astype(np.uint16)
+
+
+def write_series(folder: Path, data: np.ndarray, orientation=AXIAL, uid=None, suffix=".dcm", **tags) -> Path:
+    """Write a series, its files named so that their order by name is not that in space."""
+    folder.mkdir(parents=True, exist_ok=True)
+    uid, normal = uid or generate_uid(), np.cross(orientation[:3], orientation[3:])
+    for k, plane in enumerate(data):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, MRImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        one = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+        one.PatientName, one.SeriesInstanceUID, one.SOPClassUID = "Doe^Jane", uid, MRImageStorage
+        one.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+        one.Rows, one.Columns, one.SamplesPerPixel, one.PhotometricInterpretation = *plane.shape, 1, "MONOCHROME2"
+        one.BitsAllocated = one.BitsStored = 16
+        one.HighBit, one.PixelRepresentation = 15, 0
+        one.PixelSpacing, one.ImageOrientationPatient = list(SPACING), [float(v) for v in orientation]
+        one.ImagePositionPatient = [float(v) for v in np.array([-7.0, 4.0, 30.0]) + k * GAP * normal]
+        one.PixelData = plane.tobytes()
+        for tag, value in tags.items():
+            setattr(one, tag, value)
+        one.save_as(folder / f"im{(k * 7) % DEPTH:03d}{suffix}", enforce_file_format=True)
+    return folder
+
+
+def test_a_series_is_a_volume_in_the_right_place(tmp_path):
+    data = voxels()
+    stack = dicom.open_series(write_series(tmp_path / "s", data, TILTED))
+    assert stack.pixels.shape == (1, DEPTH, ROWS, COLUMNS)
+    # DICOM shows rows from anterior to posterior and columns from the patient's right to left, as knife does
+    assert torch.equal(stack.pixels[0], torch.from_numpy(data.astype(np.float32)))
+    volume.write(stack, tmp_path / "x.nii.gz")
+    import nibabel as nib
+
+    image = nib.load(tmp_path / "x.nii.gz")
+    normal = np.cross(TILTED[:3], TILTED[3:])
+    for k, i, j in [(0, 0, 0), (3, 5, 2), (10, 11, 9)]:  # slice, row, column
+        lps = np.array([-7.0, 4.0, 30.0]) + k * GAP * normal
+        lps = lps + i * SPACING[0] * np.array(TILTED[3:]) + j * SPACING[1] * np.array(TILTED[:3])
+        place = np.linalg.inv(image.affine) @ [-lps[0], -lps[1], lps[2], 1]
+        assert np.asarray(image.dataobj)[tuple(place[:3].round().astype(int))] == data[k, i, j]
+        assert np.abs(place - place.round()).max() < 1e-4
+    assert image.get_data_dtype() == np.int16
+    assert b"Doe" not in (tmp_path / "x.nii.gz").read_bytes()
+
+
+def test_intensities_are_rescaled(tmp_path):
+    data = voxels()
+    whole = dicom.open_series(write_series(tmp_path / "a", data, RescaleSlope=2, RescaleIntercept=-100))
+    part = dicom.open_series(write_series(tmp_path / "b", data, RescaleSlope=0.5, RescaleIntercept=0))
+    assert torch.equal(whole.pixels[0], torch.from_numpy(data * 2.0 - 100).float())
+    assert torch.equal(part.pixels[0], torch.from_numpy(data * 0.5).float())
+    assert (whole.files[0].dtype, part.files[0].dtype) == (np.int16, np.float32)
+
+
+def test_files_need_no_suffix_and_others_are_passed_over(tmp_path):
+    folder = write_series(tmp_path / "s", voxels(), suffix="")
+    (folder / "notes.txt").write_text("hello")
+    assert len(dicom.series_files(folder)) == DEPTH
+    assert dicom.series_files(tmp_path) == []
+
+
+def test_a_head_of_several_series(tmp_path):
+    for i, name in enumerate(["FLAIR", "T1", "T2", "T1ce"]):
+        write_series(tmp_path / "head" / name, voxels(i), uid=generate_uid())
+    folders = dicom.case_of(tmp_path / "head")
+    assert [folder.name for folder in folders] == ["T1", "T1ce", "T2", "FLAIR"]
+    stack = dicom.open_case(folders)
+    assert stack.channels == ("t1", "t1ce", "t2", "flair")
+    assert torch.equal(stack.pixels[3, 4], torch.from_numpy(voxels(0)[4].astype(np.float32)))
+    volume.write(stack, tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "FLAIR.nii.gz", "T1.nii.gz", "T1ce.nii.gz", "T2.nii.gz",
+    ]  # fmt: skip
+
+
+def test_translating_a_head_of_dicom(tmp_path, models):
+    for i, name in enumerate(["t1", "t1ce", "t2", "flair"]):
+        write_series(tmp_path / "Jane" / name, voxels(i))
+    few = Settings(noise_level=10, steps=2)
+    done = translate(
+        tmp_path / "Jane", "regress", "0.3", models=models, settings=few, out=tmp_path / "out", slices=(3, 5)
+    )
+    assert [one.record["slice"] for one in done] == [3, 4]
+    assert (tmp_path / "out" / "Jane_regress_0.3" / "flair.nii.gz").exists()
+    assert not any(b"Doe" in file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+
+
+def drop_one(folder: Path) -> None:
+    places = {pydicom.dcmread(file).ImagePositionPatient[2]: file for file in folder.iterdir()}
+    places[sorted(places)[4]].unlink()
+
+
+def retag(folder: Path, tag: str, value: object) -> None:
+    file = sorted(folder.iterdir())[3]
+    one = pydicom.dcmread(file)
+    if value is None:
+        del one[tag]
+    else:
+        setattr(one, tag, value)
+    one.save_as(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop_one, "2.5 to 5 mm apart; one is missing or there twice"),
+        (lambda f: retag(f, "ImagePositionPatient", None), "lacks ImagePositionPatient"),
+        (lambda f: retag(f, "PixelSpacing", [9, 9]), "differ in PixelSpacing"),
+        (lambda f: retag(f, "SeriesInstanceUID", generate_uid()), "2 DICOM series in one folder"),
+        (lambda f: retag(f, "NumberOfFrames", 3), "several frames"),
+        (lambda f: [file.unlink() for file in sorted(f.iterdir())[1:]], "1 DICOM files make no volume"),
+        (lambda f: [file.write_bytes(file.read_bytes()[:400]) for file in f.iterdir()], "lacks .*PixelData"),
+    ],
+)  # fmt: skip
+def test_what_is_no_whole_series_is_refused(tmp_path, damage, words):
+    folder = write_series(tmp_path / "s", voxels())
+    damage(folder)
+    with pytest.raises(InputError, match=words):
+        dicom.open_series(folder)
+
+
+def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+    folder = write_series(tmp_path / "s", voxels())
+    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    with pytest.raises(InputError, match=r"pip install 'knife-diffusion\[dicom\]'"):
+        dicom.open_series(folder)

@@ -1,0 +1,253 @@
+"""Volumes through a translation: only the chosen slices change, a stopped run goes on, the table tells the truth."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from knife import stacks
+from knife import translation as module
+from knife.errors import InputError, SettingsError
+from knife.phantom import phantom
+from knife.settings import Settings
+from knife.translation import translate
+
+FEW = Settings(noise_level=10, steps=2, batch_size=2)
+DEPTH, FIRST = 12, 3  # slices, and the first that shows brain
+NAMES = ("t1", "t1ce", "t2", "flair")
+
+
+@pytest.fixture
+def patient(tmp_path):
+    """Make a patient of four 3-D files and a mask: int16, a flipped affine, empty slices at both ends."""
+    folder = tmp_path / "P_001"
+    folder.mkdir()
+    matrix = np.diag([-1.5, -1.25, 2.0, 1.0])
+    matrix[:3, 3] = (40, 50, -60)
+    shown = [phantom(i, size=32, seed=3, relative_size=0.1) for i in range(6)]
+    stack, seg = np.zeros((4, 32, 32, DEPTH), np.int16), np.zeros((32, 32, DEPTH), np.uint8)
+    for i, one in enumerate(shown):
+        stack[..., FIRST + i] = np.round(one.pixels * 700)
+        seg[..., FIRST + i] = one.mask
+    for name, data in zip(NAMES, stack, strict=True):
+        nib.save(nib.Nifti1Image(data, matrix), folder / f"P_001_{name}.nii.gz")
+    nib.save(nib.Nifti1Image(seg, matrix), folder / "P_001_seg.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def quick(models, tmp_path):
+    """Translate with the tiny models and few steps into out/."""
+
+    def run(*arguments, **options):
+        return translate(*arguments, **{"models": models, "settings": FEW, "out": tmp_path / "out", **options})
+
+    return run
+
+
+def voxels(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def results(out: Path) -> list[str]:
+    return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "P_001_regress_0.3.csv").read_text().splitlines()))
+
+
+def test_a_patient_comes_back_with_the_chosen_slices_changed(quick, patient, tmp_path):
+    done = quick(patient, "regress", "0.3", slices=(4, 7))
+    assert [one.record["slice"] for one in done] == [4, 5, 6]
+    name = "P_001_regress_0.3"
+    assert results(tmp_path / "out") == sorted(
+        [f"{name}/P_001_{s}.nii.gz" for s in NAMES]
+        + [f"{name}{e}" for e in (".csv", ".json", "_difference.nii.gz", "_panel.png")]
+    )
+    summed = 0
+    for sequence in NAMES:
+        before, after = (nib.load(p / f"P_001_{sequence}.nii.gz") for p in (patient, tmp_path / "out" / name))
+        assert np.array_equal(before.affine, after.affine)
+        assert before.get_data_dtype() == after.get_data_dtype()
+        change = voxels(tmp_path / "out" / name / f"P_001_{sequence}.nii.gz").astype(int) - voxels(
+            patient / f"P_001_{sequence}.nii.gz"
+        )
+        assert not np.delete(change, [4, 5, 6], 2).any()
+        assert all(change[..., k].any() for k in (4, 5, 6))
+        summed = summed + np.abs(change)
+    assert np.array_equal(voxels(tmp_path / "out" / f"{name}_difference.nii.gz"), summed)
+
+
+def test_without_a_choice_all_slices_that_show_brain_are_translated(quick, patient):
+    assert [one.record["slice"] for one in quick(patient, "regress", "0.3")] == list(range(FIRST, FIRST + 6))
+
+
+def test_the_table_and_the_record_tell_each_slice(quick, patient, tmp_path):
+    done = quick(patient, "regress", "0.3", slices=(3, 6))
+    table = rows(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "P_001_regress_0.3.json").read_text())
+    assert [row["slice"] for row in table] == ["3", "4", "5"]
+    assert [one["slice"] for one in record["slices"]] == [3, 4, 5]
+    for row, one in zip(table, done, strict=True):
+        assert float(row["value before"]) == one.record["before"]["value"]
+        assert float(row["value after"]) == one.record["after"]["value"]
+        low, high = one.source.window[:, :, None, None].unbind(1)
+        share = ((one.result.pixels - one.source.pixels).abs() / (high - low)).mean(0)
+        k = int(row["slice"])
+        mask = torch.from_numpy(voxels(patient / "P_001_seg.nii.gz")[..., k].astype(int)) > 0
+        mask = (
+            mask.T.flip(0, 1)
+            if nib.aff2axcodes(nib.load(patient / "P_001_seg.nii.gz").affine)[:2] == ("R", "A")
+            else mask.T
+        )
+        assert mask.any()
+        brain = ~one.source.background
+        assert float(row["changed_inside"]) == pytest.approx(float(share[mask & brain].mean()), abs=1e-6)
+        assert float(row["changed_outside"]) == pytest.approx(float(share[brain & ~mask].mean()), abs=1e-6)
+    assert record["input"] == [f"P_001_{name}.nii.gz" for name in NAMES]
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_a_lone_slice_is_written_as_an_image_too(quick, patient, tmp_path):
+    quick(patient, "regress", "0.3", slices=(5, 6))
+    name = "P_001_regress_0.3"
+    assert {f"{name}_slice5/P_001_{s}.nii.gz" for s in NAMES} < set(results(tmp_path / "out"))
+    whole = voxels(tmp_path / "out" / name / "P_001_t2.nii.gz")
+    image = nib.load(tmp_path / "out" / f"{name}_slice5" / "P_001_t2.nii.gz")
+    assert np.array_equal(np.asarray(image.dataobj)[..., 0], whole[..., 5])
+    wanted = nib.load(patient / "P_001_t2.nii.gz").slicer[:, :, 5:6].affine
+    assert np.allclose(image.affine, wanted)
+
+
+def stopping_after(monkeypatch, batches):
+    """Let the translation be interrupted after some batches; return how many batches are walked."""
+    walked, real = [], module.translate_batch
+
+    def one(*arguments):
+        if len(walked) == batches:
+            raise KeyboardInterrupt
+        walked.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "translate_batch", one)
+    return walked
+
+
+def test_a_stopped_patient_goes_on_where_it_stopped(quick, patient, tmp_path, monkeypatch):
+    quick(patient, "regress", "0.3", out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            quick(patient, "regress", "0.3")
+    kept = results(tmp_path / "out")
+    assert kept == [f".P_001_regress_0.3.part/{k}.safetensors" for k in range(FIRST, FIRST + 4)]
+    with monkeypatch.context() as patch:
+        walked, heard = stopping_after(patch, 9), []
+        done = quick(patient, "regress", "0.3", started=lambda about: heard.append((about["images"], about["done"])))
+    assert len(walked) == 1
+    assert heard == [(2, 4)]
+    assert len(done) == 6
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+    for name in NAMES:
+        same = (tmp_path / place / "P_001_regress_0.3" / f"P_001_{name}.nii.gz" for place in ("out", "whole"))
+        one, other = (voxels(path) for path in same)
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("what", ["target", "settings", "input", "damage"])
+def test_what_was_kept_counts_only_for_the_same_work(quick, patient, monkeypatch, tmp_path, what):
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            quick(patient, "regress", "0.3")
+    part = tmp_path / "out" / ".P_001_regress_0.3.part"
+    settings, heard = FEW, []
+    if what == "target":
+        part = part.rename(part.with_name(".P_001_regress_0.2.part"))
+    elif what == "settings":
+        settings = replace(FEW, strength=0.3)
+    elif what == "input":
+        path = patient / "P_001_t2.nii.gz"
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + np.int16(1), image.affine), path)
+    else:
+        for file in part.iterdir():
+            data = bytearray(file.read_bytes())
+            data[-3] ^= 16
+            file.write_bytes(data)
+    target = "0.2" if what == "target" else "0.3"
+    quick(patient, "regress", target, settings=settings, started=lambda about: heard.append(about["done"]))
+    assert heard == [0]
+
+
+def test_what_is_all_done_needs_no_network(quick, patient, monkeypatch, tmp_path):
+    """Stopped between the last slice and the volume: nothing is walked again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stacks.volume, "write", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(SettingsError, match="No space left"):
+            quick(patient, "regress", "0.3", slices=(3, 6))
+    with monkeypatch.context() as patch:
+        walked = stopping_after(patch, 0)
+        assert len(quick(patient, "regress", "0.3", slices=(3, 6))) == 3
+    assert walked == []
+    assert not (tmp_path / "out" / ".P_001_regress_0.3.part").exists()
+
+
+def test_segment_takes_a_mask_volume(quick, patient, tmp_path):
+    done = quick(patient, "segment", str(patient / "P_001_seg.nii.gz"), slices=(4, 6))
+    assert [bool(one.target.any()) for one in done] == [True, True]
+    assert not torch.equal(done[0].target, done[1].target)
+
+
+def test_a_four_dimensional_file_is_a_patient_too(quick, patient, tmp_path):
+    data = np.stack([voxels(patient / f"P_001_{name}.nii.gz") for name in NAMES], 3)
+    path = tmp_path / "four.nii.gz"
+    nib.save(nib.Nifti1Image(data, nib.load(patient / "P_001_t1.nii.gz").affine), path)
+    quick(path, "regress", "0.3", slices=(4, 6))
+    after = voxels(tmp_path / "out" / "four_regress_0.3.nii.gz")
+    assert after.shape == data.shape
+    assert not np.delete(after.astype(int) - data, [4, 5], 2).any()
+
+
+def test_nothing_is_written_without_a_folder(quick, patient, tmp_path):
+    assert len(quick(patient, "regress", "0.3", slices=(4, 6), out=None)) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_patients_and_slices_come_in_the_order_given(quick, patient, images):
+    done = quick([images / "slice.nii", patient, images / "healthy.nii"], "regress", "0.3", slices=None)
+    assert [one.record.get("slice") for one in done] == [None, *range(FIRST, FIRST + 6), None]
+
+
+@pytest.mark.parametrize(
+    ("slices", "words"),
+    [((0, 2), "--slices 0:2: nothing to translate there"), ((50, 60), "axial slices are 0 to 11")],
+)
+def test_slices_that_are_not_there_are_refused(quick, patient, slices, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        quick(patient, "regress", "0.3", slices=slices)
+    assert not (tmp_path / "out").exists()
+
+
+def test_slices_of_a_slice_are_refused(quick, images):
+    with pytest.raises(InputError, match=r"slice.nii is a single slice and no volume"):
+        quick(images / "slice.nii", "regress", "0.3", slices=(4, 6))
+
+
+def test_results_never_overwrite_the_patient(quick, patient):
+    named_so = patient.rename(patient.with_name("P_001_regress_0.3"))
+    with pytest.raises(InputError, match="never overwritten"):
+        quick(named_so, "regress", "0.3", out=named_so.parent, slices=(4, 5))
+
+
+def test_a_mask_on_another_grid_counts_as_none(quick, patient, tmp_path):
+    nib.save(nib.Nifti1Image(np.ones((5, 5, 9), np.uint8), np.eye(4)), patient / "P_001_seg.nii.gz")
+    (one, _) = quick(patient, "regress", "0.3", slices=(4, 6))
+    assert one.record["changed_inside"] is None
+    assert one.record["changed_outside"] > 0
