@@ -23,7 +23,7 @@ from knife.ddpm import hybrid_loss
 from knife.devices import precision, resolve_device
 from knife.layouts import open_folder
 from knife.phantom import write_dataset
-from knife.prepared import Shape, key, prepared
+from knife.prepared import key, prepared
 from knife.schedule import Schedule
 from knife.spec import preset
 from knife.train import order_of
@@ -55,14 +55,15 @@ def main() -> None:
 def measure(folder: Path, options: argparse.Namespace, device: str) -> dict[str, float]:
     """Return images a second: decoded, read from the prepared set, and consumed."""
     entries = open_folder(folder / "phantoms").entries
-    channels, size = data.channels_of(entries), (options.size, options.size)
+    channels = data.channels_of(entries)
+    form = data.Form(channels, (options.size, options.size), RANGE)
 
     def decode(part: list) -> data.Loaded:
-        return data.load(part, size, RANGE, channels)
+        return data.load(part, form)
 
     began = time.perf_counter()
-    name = key(data.inventory(entries), {"size": size})
-    loaded = prepared(folder / name, entries, Shape(len(channels), *size), decode, lambda done: None)
+    name = key(data.inventory(entries), form)
+    loaded = prepared(folder / name, entries, form, decode, lambda done: None)
     figures = {"decoded and prepared, once": len(entries) / (time.perf_counter() - began)}
     images = [case.pixels for case in loaded.cases]
 

@@ -279,4 +279,5 @@ def terms(card: Card) -> dict[str, str]:
         "channels": ", ".join(card.spec.channels),
         "size": "{} x {}".format(*card.spec.size),
         "value range": f"{float(low)} to {float(high)}",
+        "images": "cropped" if card.spec.crop else "padded",
     }

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knife.data import Case, channels_of, image_of, load, stack
+from knife.data import Case, Form, channels_of, image_of, load, stack
 from knife.ddim import gradient
 from knife.errors import InputError, KnifeError, TargetError, TaskError
 from knife.hookspecs import REQUIRED
@@ -104,7 +104,7 @@ def trial_of(task: object, data: Path | None, size: tuple[int, int]) -> Iterator
             write_dataset(data, COUNT, size=max(16, *size))
         entries = open_folder(data).entries[:COUNT]
         spec = ImageSpec(channels_of(entries), size, TINY, TINY)
-        cases = load(entries, size, spec.value_range, spec.channels).cases
+        cases = load(entries, Form(spec.channels, size, spec.value_range)).cases
         if len(cases) < 2:
             raise InputError(f"{data}: {len(cases)} images can be used, too few to try a task on.")
         schedule, x0 = Schedule(), stack(cases)

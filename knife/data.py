@@ -8,8 +8,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,16 @@ class Case:
     values: Mapping[str, str]
 
 
+class Form(NamedTuple):
+    """What every image of a training is brought to."""
+
+    channels: tuple[str, ...]  # names in order; an image of others is skipped
+    size: tuple[int, int]  # height, width
+    value_range: tuple[float, float]
+    crop: bool = False  # fill the size and cut off what is beyond, instead of padding
+    min_brain: float = 0.0  # a volume's slice whose brain covers less than this share of it is skipped
+
+
 @dataclass
 class Loaded:
     """Images in memory on the model's grid, and what could not be read."""
@@ -43,17 +54,10 @@ class Loaded:
     skipped: dict[str, str]  # name -> why
 
 
-def load(
-    entries: Sequence[Entry],
-    size: tuple[int, int],
-    value_range: tuple[float, float],
-    channels: tuple[str, ...],
-    progress: Callable[[int], None] | None = None,
-    min_brain: float = 0.0,
-) -> Loaded:
+def load(entries: Sequence[Entry], form: Form, progress: Callable[[int], None] | None = None) -> Loaded:
     """Read entries into memory, in parallel; what cannot be read or has other channels is skipped with its reason.
 
-    A volume is opened once for all of its slices; one whose brain covers less than `min_brain` of the image is skipped.
+    A volume is opened once for all of its slices.
     `progress` is called about a hundred times with the number of entries done.
 
     Raises:
@@ -61,9 +65,9 @@ def load(
     """
 
     def several(entries: Sequence[Entry]) -> list[Case | str]:
-        return cases_of(entries, size, value_range, channels, min_brain)
+        return cases_of(entries, form)
 
-    refuse_too_many(entries, size, len(channels))
+    refuse_too_many(entries, form)
     parts = by_volume(entries)
     loaded, done, told = Loaded([], {}), 0, 0
     with ThreadPoolExecutor(VOLUMES_AT_ONCE if len(parts) < len(entries) else None) as pool:
@@ -85,18 +89,12 @@ def by_volume(entries: Iterable[Entry]) -> list[list[Entry]]:
     return list(parts.values())
 
 
-def cases_of(
-    entries: Sequence[Entry],
-    size: tuple[int, int],
-    value_range: tuple[float, float],
-    channels: tuple[str, ...],
-    min_brain: float,
-) -> list[Case | str]:
+def cases_of(entries: Sequence[Entry], form: Form) -> list[Case | str]:
     """Read one image, or slices of one volume, as cases; what cannot be used is the reason why."""
 
     def one(entry: Entry, source: Volume | None) -> Case | str:
         try:
-            return case_of(entry, size, value_range, channels, source, min_brain)
+            return case_of(entry, form, source)
         except InputError as error:
             return str(error)
 
@@ -107,13 +105,14 @@ def cases_of(
     return [one(entry, source) for entry in entries]
 
 
-def refuse_too_many(entries: Sequence[Entry], size: tuple[int, int], channels: int) -> None:
+def refuse_too_many(entries: Sequence[Entry], form: Form) -> None:
     """Refuse images that need more memory than there is, before the first one is read."""
+    channels, (height, width) = len(form.channels), form.size
     planes = len(entries) * channels + sum(entry.mask is not None for entry in entries)
-    need, free = planes * size[0] * size[1] * 4, available_memory()
+    need, free = planes * height * width * 4, available_memory()
     if free is not None and need > MEMORY_SHARE * free:
         raise InputError(
-            f"--data: {len(entries)} images of {channels} x {size[0]} x {size[1]} pixels need {need / 2**30:.1f} GiB "
+            f"--data: {len(entries)} images of {channels} x {height} x {width} pixels need {need / 2**30:.1f} GiB "
             f"of memory, and {free / 2**30:.1f} GiB are free; give fewer images, or a preset of smaller ones."
         )
 
@@ -172,14 +171,7 @@ def files_by_channel(entry: Entry) -> dict[str, Path]:
     return known if len(known) == len(named) else named
 
 
-def case_of(
-    entry: Entry,
-    size: tuple[int, int],
-    value_range: tuple[float, float],
-    channels: tuple[str, ...],
-    source: Volume | None = None,
-    min_brain: float = 0.0,
-) -> Case:
+def case_of(entry: Entry, form: Form, source: Volume | None = None) -> Case:
     """Read one entry as a case; `source` is the volume of a slice.
 
     Raises:
@@ -187,12 +179,12 @@ def case_of(
     """
     if entry.slice is not None:
         source = source or volume_of(entry)
-    image = image_of(entry, source)
-    check_channels(entry.name, named(entry, image.channels), channels)
+    image = replace(image_of(entry, source), crop=form.crop)
+    check_channels(entry.name, named(entry, image.channels), form.channels)
     if source is not None:
-        refuse_bare(entry, image, min_brain)
-    mask = image.on_grid(mask_of(entry.mask, image, entry, source), size).round() if entry.mask else None
-    return Case(entry.name, image.normalised(size, value_range), mask, entry.values)
+        refuse_bare(entry, image, form.min_brain)
+    mask = image.on_grid(mask_of(entry.mask, image, entry, source), form.size).round() if entry.mask else None
+    return Case(entry.name, image.normalised(form.size, form.value_range), mask, entry.values)
 
 
 def mask_of(path: Path, image: Image, entry: Entry, source: Volume | None) -> Tensor:

@@ -37,6 +37,7 @@ SEQUENCES = {  # canonical name and order: the words that name it in a file name
 MASK_WORDS = ("seg", "segm", "mask", "label", "labels")
 DTYPES = ("same", "float32")  # what a NIfTI output's voxels may be stored as
 SAME_GRID = 1e-3  # world units by which two files of one slice may differ
+PERCENTILES = (0.5, 99.5)  # of a channel's intensities, that span a model's range
 PAD_ONLY = 9 / 8  # a NIfTI slice that fills a model's grid up to this factor is padded, not resized
 
 
@@ -69,12 +70,14 @@ class Image:
     pixels: [C, H, W] float32, after a NIfTI file's slope and intercept, oriented as displayed.
     window: [C, 2] low and high intensity that map to the ends of a model's value range.
     channels: ("t1", "flair", ...) where file names tell, ("r", "g", "b"), ("grey",), else ("0", "1", ...).
+    crop: fill a model's grid and cut off what lies beyond it, instead of padding.
     """
 
     pixels: Tensor
     window: Tensor
     channels: tuple[str, ...]
     source: Source
+    crop: bool = False
 
     def normalised(self, size: tuple[int, int] | None, value_range: tuple[float, float]) -> Tensor:
         """Return [C, h, w] float32 in `value_range`, clipped to the window, on the grid of `size` (None: its own)."""
@@ -86,17 +89,21 @@ class Image:
     def on_grid(self, x: Tensor, size: tuple[int, int], pad: float = 0.0) -> Tensor:
         """Bring [C, H, W] on the image's grid to [C, h, w] = `size`: resize to fit inside, antialiased, centre, pad.
 
-        A NIfTI slice that nearly fills the grid (PAD_ONLY) is padded only, as 240 x 240 to 256 x 256 in the paper.
+        Or, with `crop`, resize to fill it, and cut off what is beyond. A NIfTI slice that nearly has the grid's size
+        (PAD_ONLY) is padded or cut only, as 240 x 240 to 256 x 256 in the paper.
         """
         top, left, height, width = self._placed(size)
         below, right = size[0] - top - height, size[1] - left - width
-        return F.pad(_resized(x, (height, width)), (left, right, top, below), value=pad)
+        return F.pad(_resized(x, (height, width)), (left, right, top, below), value=pad)  # what is below 0 cuts
 
     def from_grid(self, x: Tensor) -> Tensor:
-        """Bring [C, h, w] on a model's grid back to [C, H, W] on the image's: cut off the padding, resize."""
+        """Bring [C, h, w] on a model's grid back to [C, H, W] on the image's: undo `on_grid`; 0 where it cut off."""
         top, left, height, width = self._placed((x.shape[-2], x.shape[-1]))
+        below, right = x.shape[-2] - top - height, x.shape[-1] - left - width
         rows, columns = self.pixels.shape[1:]
-        return _resized(x[:, top : top + height, left : left + width], (rows, columns))
+        inside = F.pad(torch.ones_like(x[:1]), (-left, -right, -top, -below))
+        seen = F.interpolate(inside[None], size=(rows, columns), mode="nearest-exact")[0] > 0
+        return _resized(F.pad(x, (-left, -right, -top, -below)), (rows, columns)).masked_fill(~seen, 0)
 
     def plus(self, delta: Tensor, value_range: tuple[float, float]) -> "Image":
         """Return the image changed by `delta` [C, h, w], in units of `value_range` on a model's grid.
@@ -143,8 +150,8 @@ class Image:
     def _placed(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return top, left, height, width of the image on a model's grid of this size."""
         rows, columns = self.pixels.shape[1:]
-        scale = min(size[0] / rows, size[1] / columns)
-        if 1 <= scale <= PAD_ONLY and not isinstance(self.source.kind, Picture):
+        scale = (max if self.crop else min)(size[0] / rows, size[1] / columns)
+        if 1 <= (1 / scale if self.crop else scale) <= PAD_ONLY and not isinstance(self.source.kind, Picture):
             scale = 1
         height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
         return (size[0] - height) // 2, (size[1] - width) // 2, height, width
@@ -378,8 +385,8 @@ def _window(pixels: Tensor) -> Tensor:
     ends = []
     for channel in pixels.double().numpy():
         above, other = channel[channel > 0], channel[channel != 0]
-        high = float(np.percentile(above, 99.5)) if above.size else 0.0
-        low = float(np.percentile(other, 0.5)) if other.size else 0.0
+        high = float(np.percentile(above, PERCENTILES[1])) if above.size else 0.0
+        low = float(np.percentile(other, PERCENTILES[0])) if other.size else 0.0
         low = low if low < -0.05 * high else 0.0
         ends.append((low, high if high > low else low + 1))
     return torch.tensor(ends)

@@ -14,12 +14,12 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from knife.data import Case, Loaded
+from knife.data import Case, Form, Loaded
 from knife.errors import InputError
 from knife.files import room, write_safely
 from knife.layouts import Entry
@@ -31,29 +31,19 @@ HEADROOM = 1.05  # free disk that is asked for, against what the images take
 Load = Callable[[Sequence[Entry]], Loaded]
 
 
-class Shape(NamedTuple):
-    """The form of every image of a prepared set."""
-
-    channels: int
-    height: int
-    width: int
-
-
-def key(inventory: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """Return the name of the prepared set of some files (name -> hash of their content) under some settings."""
-    told = json.dumps([FORMAT, sorted(inventory.items()), settings], sort_keys=True)
+def key(inventory: Mapping[str, str], form: Form) -> str:
+    """Return the name of the prepared set of some files (name -> hash of their content) brought to a form."""
+    told = json.dumps([FORMAT, sorted(inventory.items()), form._asdict()], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:24]
 
 
-def prepared(
-    folder: Path, entries: Sequence[Entry], shape: Shape, load: Load, progress: Callable[[int], None]
-) -> Loaded:
+def prepared(folder: Path, entries: Sequence[Entry], form: Form, load: Load, progress: Callable[[int], None]) -> Loaded:
     """Return the images of some entries, decoded once and for all into `folder`.
 
     Args:
         folder: where the set lies, or will lie; its last part is its `key`.
         entries: what to decode if it is not there yet.
-        shape: of every image.
+        form: what every image is brought to.
         load: decodes some entries; what it skips is remembered with its reason.
         progress: called with the number of entries done.
 
@@ -66,19 +56,19 @@ def prepared(
     if not (folder / "index.json").exists():
         building = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
         try:
-            refuse_full_disk(folder, len(entries) * (shape.channels + 1) * shape.height * shape.width * 4)
+            refuse_full_disk(folder, len(entries) * (len(form.channels) + 1) * form.size[0] * form.size[1] * 4)
             building.mkdir(parents=True)
-            build(building, entries, shape, load, progress)
+            build(building, entries, form, load, progress)
             publish(building, folder)
         except OSError as error:
             raise InputError(f"{folder}: cannot be written to ({error.strerror}); make room, or allow it.") from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
     progress(len(entries))
-    return mapped(folder, shape)
+    return mapped(folder, form)
 
 
-def build(folder: Path, entries: Sequence[Entry], shape: Shape, load: Load, progress: Callable[[int], None]) -> None:
+def build(folder: Path, entries: Sequence[Entry], form: Form, load: Load, progress: Callable[[int], None]) -> None:
     """Decode entries part by part into the files of a new set."""
     told: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
@@ -108,7 +98,7 @@ def publish(building: Path, folder: Path) -> None:
             raise
 
 
-def mapped(folder: Path, shape: Shape) -> Loaded:
+def mapped(folder: Path, form: Form) -> Loaded:
     """Map a prepared set into memory.
 
     Raises:
@@ -117,8 +107,8 @@ def mapped(folder: Path, shape: Shape) -> Loaded:
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         told, skipped = index["cases"], dict(index["skipped"])
-        pixels = tensor(folder / "pixels.f32", [len(told), *shape])
-        masks = tensor(folder / "masks.f32", [sum(one["mask"] is not None for one in told), 1, *shape[1:]])
+        pixels = tensor(folder / "pixels.f32", [len(told), len(form.channels), *form.size])
+        masks = tensor(folder / "masks.f32", [sum(one["mask"] is not None for one in told), 1, *form.size])
         cases = [
             Case(one["name"], x, None if one["mask"] is None else masks[one["mask"]], one["values"])
             for one, x in zip(told, pixels, strict=True)

@@ -20,6 +20,7 @@ class ImageSpec:
     unet: Architecture
     encoder: Architecture
     value_range: tuple[float, float] = (-1.0, 1.0)
+    crop: bool = False  # images fill the grid, and what is beyond is cut off; else they fit inside, and are padded
 
     def __post_init__(self) -> None:
         for arch in (self.unet, self.encoder):
@@ -49,6 +50,7 @@ class ImageSpec:
             unet=architecture(values["unet"]),
             encoder=architecture(values["encoder"]),
             value_range=pair(values["value_range"]),
+            crop=bool(values.get("crop", False)),
         )
 
 

@@ -40,6 +40,7 @@ class Stack:
     volume: Volume
     slices: tuple[int, ...]
     mask: Tensor | None = None
+    crop: bool = False  # as of an Image
 
     @property
     def source(self) -> Any:
@@ -49,7 +50,7 @@ class Stack:
     @cached_property
     def images(self) -> list[Image]:
         """Return the slices."""
-        return [self.volume.slice(k) for k in self.slices]
+        return [replace(self.volume.slice(k), crop=self.crop) for k in self.slices]
 
 
 # -------------------------------------------------------------------------------------------------------------- opening

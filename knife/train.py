@@ -34,8 +34,9 @@ from knife.ddpm import hybrid_loss
 from knife.devices import enough_memory, precision
 from knife.errors import InputError, ModelError, SettingsError, TaskError
 from knife.files import room
+from knife.image import PERCENTILES
 from knife.panel import curve, grid
-from knife.prepared import Shape, key, prepared
+from knife.prepared import key, prepared
 from knife.schedule import Schedule, noise, path, timestep
 from knife.spec import preset
 from knife.tasks import Task, task
@@ -73,6 +74,7 @@ class Run:
     label: str | None = None
     layout: str | None = None  # of the data folder; None: whichever fits
     slices: tuple[int, int] | None = None  # of a volume, first and last + 1; None: all
+    crop: bool = False  # fill the network's image size and cut off what is beyond, instead of padding
     min_brain: float = 0.0  # least share of the image that a volume's slice must show
     balance: bool = False  # show every class, or tenth of the label's range, equally often
     cap: int | None = None  # images of one class or value at most
@@ -228,15 +230,15 @@ def prepare(run: Run, watch: Watch) -> Job:
     entries = folder.split("train")
     others = some(folder.split("val")) if kind else []  # a diffusion model shows samples of its own
     channels = data.channels_of(entries)
-    card = Card(run.kind, run.dataset, plan.spec(run.kind, channels), Schedule(run.schedule))
-    spec = card.spec
-    read = partial(data.load, size=spec.size, value_range=spec.value_range, channels=channels, min_brain=run.min_brain)
+    spec = replace(plan.spec(run.kind, channels), crop=run.crop)
+    card = Card(run.kind, run.dataset, spec, Schedule(run.schedule))
+    form = data.Form(channels, spec.size, spec.value_range, run.crop, run.min_brain)
+    read = partial(data.load, form=form)
     first, total = len(entries), len(entries) + len(others)
     refuse_full_disk(run.path.parent, 0)
     inventory = data.inventory(entries)
-    form = {"size": spec.size, "range": spec.value_range, "channels": channels, "min_brain": run.min_brain}
-    place, shape = run.models / PREPARED / key(inventory, form), Shape(len(channels), *spec.size)
-    loaded = prepared(place, entries, shape, read, lambda done: watch.loading(done, total))
+    place = run.models / PREPARED / key(inventory, form)
+    loaded = prepared(place, entries, form, read, lambda done: watch.loading(done, total))
     held_out = read(others, progress=lambda done: watch.loading(first + done, total))
     refuse_too_few(run, loaded)
     card = replace(card, config=kind.configure(loaded.cases, run.label) if kind else {})
@@ -604,6 +606,7 @@ def origin(job: Job) -> dict[str, Any]:
         "images": len(job.examples),
         "layout": job.folder.layout,
         "split": job.folder.split_sha256,
+        "percentiles": list(PERCENTILES),
         "knife": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

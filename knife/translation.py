@@ -7,8 +7,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,12 @@ def translate(
     where, why = resolve_device(device)
     found, left_out = expand(images)
     sources = [opened(files, slices) for files in found]
-    groups = [source.images if isinstance(source, Stack) else [source] for source in sources]
-    pair = choose(task, [*chain(*groups)], None if models is None else Path(models), dataset)
+    samples = [source.images[0] if isinstance(source, Stack) else source for source in sources]
+    pair = choose(task, samples, None if models is None else Path(models), dataset)
     check(settings, pair)
     card = pair.guide.card
+    sources = [replace(source, crop=pair.diffusion.card.spec.crop) for source in sources]
+    groups = [source.images if isinstance(source, Stack) else [source] for source in sources]
     targets = [[kind.target(target, image, card.spec, card.config) for image in group] for group in groups]
     places = [source.source for source in sources]
     plans = [None] * len(places) if out is None else destinations(places, task, target, Path(out))

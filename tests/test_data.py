@@ -9,7 +9,7 @@ from PIL import Image as Picture
 from trees import picture, slice_, table, volume_
 
 from knife import data, volume
-from knife.data import case_of, channels_of, fingerprint, inventory, load
+from knife.data import Form, case_of, channels_of, fingerprint, inventory, load
 from knife.errors import InputError
 from knife.layouts import Entry, open_folder
 
@@ -27,7 +27,7 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "torn.png").write_bytes((tmp_path / "good0.png").read_bytes()[:50])
     (tmp_path / "text.jpg").write_text("no picture at all")
     entries = open_folder(tmp_path).entries
-    loaded = load(entries, SIZE, RANGE, channels_of(entries))
+    loaded = load(entries, Form(channels_of(entries), SIZE, RANGE))
     assert [case.name for case in loaded.cases] == [f"good{i}.png" for i in range(4)]
     assert set(loaded.skipped) == {"colour.png", "constant.png", "torn.png", "text.jpg"}
     assert loaded.skipped["colour.png"] == "colour.png: 3 channels, the others have 1 (grey)."
@@ -43,9 +43,9 @@ def test_most_of_the_images_decide_on_the_channels(tmp_path: Path) -> None:
 
 def test_sequences_are_not_mixed_up(tmp_path: Path) -> None:
     entry = Entry("a", (slice_(tmp_path / "a_t2.nii"),))
-    assert case_of(entry, SIZE, RANGE, ("0",)).pixels.shape == (1, 16, 16)
+    assert case_of(entry, Form(("0",), SIZE, RANGE)).pixels.shape == (1, 16, 16)
     with pytest.raises(InputError, match=r"its channels are t2, the others have t1\."):
-        case_of(entry, SIZE, RANGE, ("t1",))
+        case_of(entry, Form(("t1",), SIZE, RANGE))
 
 
 def test_channel_names_must_be_as_many_as_channels(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_slices_of_several_files_whose_names_tell_no_sequence(tmp_path: Path) ->
         slice_(tmp_path / "imagesTr" / f"a_000{i}.nii.gz", level=i + 1)
     slice_(tmp_path / "labelsTr" / "a.nii.gz", label=True)
     entries = open_folder(tmp_path).entries
-    loaded = load(entries, SIZE, RANGE, channels_of(entries))
+    loaded = load(entries, Form(channels_of(entries), SIZE, RANGE))
     assert (loaded.skipped, channels_of(entries)) == ({}, ("ct", "pet"))
     image = data.image_of(entries[0])
     torch.testing.assert_close(image.pixels[1], image.pixels[0] * 2)
@@ -107,11 +107,11 @@ def test_no_readable_image_is_refused_with_a_reason(tmp_path: Path) -> None:
 def test_a_mask_is_brought_onto_the_grid_of_its_image(tmp_path: Path) -> None:
     entry = Entry("a", (picture(tmp_path / "a.png", side=32),), picture(tmp_path / "m.png", 255, side=32))
     Picture.fromarray(np.kron(np.eye(2, dtype=np.uint8), np.full((16, 16), 255, np.uint8))).save(tmp_path / "m.png")
-    case = case_of(entry, SIZE, RANGE, ("grey",))
+    case = case_of(entry, Form(("grey",), SIZE, RANGE))
     assert case.mask is not None
     assert torch.equal(case.mask, torch.eye(2).kron(torch.ones(8, 8))[None])
     picture(tmp_path / "m.png", 255, side=16)
-    assert "mask is 16 x 16" in load([entry], SIZE, RANGE, ("grey",)).skipped["a"]
+    assert "mask is 16 x 16" in load([entry], Form(("grey",), SIZE, RANGE)).skipped["a"]
 
 
 # ------------------------------------------------------------------------------------------------------------- volumes
@@ -130,7 +130,7 @@ def patients(tmp_path: Path) -> Path:
 def test_slices_of_volumes_with_their_masks(patients: Path) -> None:
     entries = open_folder(patients).entries
     assert channels_of(entries) == ("t1", "flair")
-    loaded = load(entries, SIZE, RANGE, ("t1", "flair"))
+    loaded = load(entries, Form(("t1", "flair"), SIZE, RANGE))
     assert [case.name for case in loaded.cases] == [f"{p}:{k:03d}" for p in ("ann", "bob") for k in range(1, 12)]
     assert loaded.skipped.keys() == {"ann:000", "bob:000"}  # nothing to be seen there
     assert "shows nothing" in loaded.skipped["ann:000"]
@@ -152,17 +152,17 @@ def test_a_volume_is_opened_once(patients: Path, monkeypatch: pytest.MonkeyPatch
     kept = volume.open_volume
     monkeypatch.setattr(data.volume, "open_volume", counting)
     entries = open_folder(patients).entries
-    loaded = load([*entries[::2], *entries[1::2]], SIZE, RANGE, ("t1", "flair"))
+    loaded = load([*entries[::2], *entries[1::2]], Form(("t1", "flair"), SIZE, RANGE))
     assert sorted(opened) == ["ann_flair.nii.gz", "ann_t1.nii.gz", "bob_flair.nii.gz", "bob_t1.nii.gz"]
     assert len(loaded.cases) == 22
 
 
 def test_slices_that_show_too_little_brain_are_skipped(patients: Path) -> None:
     entries = open_folder(patients, slices=(0, 3)).entries  # their brain covers 0, 0.25, 0.25
-    skipped = load(entries, SIZE, RANGE, ("t1", "flair"), min_brain=0.26).skipped
+    skipped = load(entries, Form(("t1", "flair"), SIZE, RANGE, min_brain=0.26)).skipped
     assert len(skipped) == 6
     assert skipped["bob:002"] == "bob:002: brain covers 0.25 of the image, less than --min-brain 0.26."
-    assert len(load(entries, SIZE, RANGE, ("t1", "flair"), min_brain=0.24).cases) == 4
+    assert len(load(entries, Form(("t1", "flair"), SIZE, RANGE, min_brain=0.24)).cases) == 4
 
 
 def test_a_damaged_volume_skips_all_of_its_slices(patients: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_damaged_volume_skips_all_of_its_slices(patients: Path) -> None:
     whole = (patients / "bob_flair.nii.gz").read_bytes()
     (patients / "bob_flair.nii.gz").write_bytes(whole[:-20])
     heard: list[int] = []
-    loaded = load(entries, SIZE, RANGE, ("t1", "flair"), heard.append)
+    loaded = load(entries, Form(("t1", "flair"), SIZE, RANGE), heard.append)
     assert [case.name for case in loaded.cases] == ["ann:004", "ann:005"]
     assert all("bob_flair.nii.gz" in loaded.skipped[f"bob:00{k}"] for k in (4, 5))
     assert heard == [2, 4]
@@ -179,7 +179,7 @@ def test_a_damaged_volume_skips_all_of_its_slices(patients: Path) -> None:
 def test_files_whose_names_tell_no_sequence_are_joined_as_the_entry_names_them(tmp_path: Path) -> None:
     files = tuple(volume_(tmp_path / f"a_000{i}.nii.gz", level=i + 1) for i in (1, 0))
     entry = Entry("a", files, channels=("t1", "flair"), slice=3)
-    case = case_of(entry, SIZE, RANGE, ("t1", "flair"))
+    case = case_of(entry, Form(("t1", "flair"), SIZE, RANGE))
     assert case.pixels.shape == (2, 16, 16)
     assert data.image_of(entry).pixels[:, 8, 8].tolist() == [2 * 4, 4]
 
@@ -198,13 +198,13 @@ def test_the_same_name_twice_is_two_entries(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     table(tmp_path, "image,age", "a.png,1", "a.png,2")
     entries = open_folder(tmp_path).entries
-    assert [case.values["age"] for case in load(entries, SIZE, RANGE, ("grey",)).cases] == ["1", "2"]
+    assert [case.values["age"] for case in load(entries, Form(("grey",), SIZE, RANGE)).cases] == ["1", "2"]
 
 
 def test_progress_is_told_sparsely_to_the_end(tmp_path: Path) -> None:
     entries = [Entry(str(i), (tmp_path / "gone.png",)) for i in range(950)]
     heard: list[int] = []
-    assert len(load(entries, SIZE, RANGE, ("grey",), heard.append).skipped) == 950
+    assert len(load(entries, Form(("grey",), SIZE, RANGE), heard.append).skipped) == 950
     assert heard == sorted(set(heard))
     assert heard[-1] == 950
     assert 50 <= len(heard) <= 110
@@ -214,10 +214,10 @@ def test_more_images_than_memory_are_refused_before_reading(tmp_path: Path, monk
     entries = [Entry("a", (tmp_path / "gone.png",), mask=tmp_path / "gone.png")] * 1024
     need = 1024 * (4 + 1) * 256 * 256 * 4
     monkeypatch.setattr(data, "available_memory", lambda: int(need / 0.79))
-    assert len(load(entries, (256, 256), RANGE, ("t1", "t1ce", "t2", "flair")).skipped) == 1
+    assert len(load(entries, Form(("t1", "t1ce", "t2", "flair"), (256, 256), RANGE)).skipped) == 1
     monkeypatch.setattr(data, "available_memory", lambda: int(need / 0.81))
     with pytest.raises(InputError, match=r"1024 images of 4 x 256 x 256 pixels need 1\.2 GiB of memory, and 1\.5 GiB"):
-        load(entries, (256, 256), RANGE, ("t1", "t1ce", "t2", "flair"))
+        load(entries, Form(("t1", "t1ce", "t2", "flair"), (256, 256), RANGE))
 
 
 def test_free_memory_is_known_here() -> None:

@@ -15,7 +15,7 @@ FLOORS = {
     7: ("demo", "contract", "scaffold"),
     6: ("train", "translation", "doctor"),
     5: ("stacks",),
-    4: ("prepared", "pairs", "outputs", "interop", "diffusers"),
+    4: ("prepared", "survey", "pairs", "outputs", "interop", "diffusers"),
     3: ("layouts", "data", "balance", "checkpoint"),
     2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom"),
     1: ("schedule", "spec", "unet", "image", "nifti", "picture", "ops", "hookspecs", "devices"),

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -591,6 +592,32 @@ def test_negative_zero_and_unit_range_stay(tmp_path: Path) -> None:
     assert wide.pixels.max() == 1
     write(wide, tmp_path / "y.nii")
     assert read(tmp_path / "y.nii").window.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (33, 97), (64, 64)])
+def test_cropping_fills_the_grid_and_what_is_cut_off_stays(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """Every pixel of the grid shows the image; a change comes back in place, and nothing beyond the crop changes."""
+    ramp = np.linspace(20, 200, shape[0] * shape[1]).reshape(shape)
+    PIL.Image.fromarray(ramp.round().astype(np.uint8)).save(tmp_path / "x.png")
+    image = replace(read(tmp_path / "x.png"), crop=True)
+    x = image.normalised((32, 32), (-1.0, 1.0))
+    assert x.shape == (1, 32, 32)
+    assert x.min() > -1  # no padding
+    scale = max(32 / shape[0], 32 / shape[1])
+    changed = image.plus(torch.ones(1, 32, 32), (-1.0, 1.0)).pixels != image.pixels
+    rows, columns = (np.arange(n) for n in shape)
+    inside = [abs((i + 0.5 - n / 2) * scale) < 16 for i, n in ((rows, shape[0]), (columns, shape[1]))]
+    wanted = torch.from_numpy(inside[0][:, None] & inside[1][None])
+    assert int((changed[0] != wanted).sum()) <= 2 * max(shape)  # a row or column at the border
+    assert changed[0][shape[0] // 2, shape[1] // 2]
+    if shape != (64, 64):
+        assert not changed[0][0, 0]
+
+
+def test_a_slice_slightly_larger_than_the_grid_is_only_cut(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(1, 900, (34, 36)).astype(np.int16)
+    image = replace(read(save(tmp_path / "x.nii", data)), crop=True)
+    assert torch.equal(image.on_grid(image.pixels, (32, 32)), image.pixels[:, 2:34, 1:33])
 
 
 def test_nearly_full_slices_are_padded_and_photographs_resized(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from trees import names, picture, slice_, table, volume_
 
 from knife import layouts
 from knife.cli import slice_range
-from knife.data import case_of, channels_of, fingerprint, inventory, load
+from knife.data import Form, case_of, channels_of, fingerprint, inventory, load
 from knife.errors import InputError, SettingsError
 from knife.image import sequence_of
 from knife.layouts import LAYOUTS, all_layouts, open_folder
@@ -69,7 +69,7 @@ def test_manifest_of_several_files_an_image(tmp_path: Path) -> None:
     (entry,) = open_folder(tmp_path).entries
     assert len(entry.files) == 2
     assert channels_of([entry]) == ("one", "two")
-    assert case_of(entry, SIZE, RANGE, ("one", "two")).pixels.shape == (2, 16, 16)
+    assert case_of(entry, Form(("one", "two"), SIZE, RANGE)).pixels.shape == (2, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_sequences_as_the_paper_has_them(tmp_path: Path, ending: str) -> None:
     assert first.mask is not None
     assert first.mask.name == f"brats_train_001_seg_080_w.{ending}"
     assert channels_of(folder.entries) == ("t1", "t1ce", "t2", "flair")
-    case = case_of(first, SIZE, RANGE, ("t1", "t1ce", "t2", "flair"))
+    case = case_of(first, Form(("t1", "t1ce", "t2", "flair"), SIZE, RANGE))
     assert case.pixels.shape == (4, 16, 16)
     assert case.mask is not None
     assert set(case.mask.unique().tolist()) == {0.0, 1.0}
@@ -510,7 +510,7 @@ def test_a_damaged_volume_is_left_to_the_reader(tmp_path: Path) -> None:
     folder = open_folder(tmp_path, slices=(3, 5))
     assert names(folder.entries) == ["a.nii.gz", "b.nii.gz:003", "b.nii.gz:004"]
     assert {entry.group for entry in folder.entries[1:]} == {"b.nii.gz"}
-    assert list(load(folder.entries, SIZE, RANGE, ("0",)).skipped) == ["a.nii.gz"]
+    assert list(load(folder.entries, Form(("0",), SIZE, RANGE)).skipped) == ["a.nii.gz"]
 
 
 # -------------------------------------------------------------------------------------------------------- odd trees
@@ -534,7 +534,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (root / "dangling.png").symlink_to(tmp_path / "gone.png")
     folder = open_folder(root)
     assert names(folder.entries) == ["dangling.png", "linked/a.png"]
-    loaded = load(folder.entries, SIZE, RANGE, ("grey",))
+    loaded = load(folder.entries, Form(("grey",), SIZE, RANGE))
     assert list(loaded.skipped) == ["dangling.png"]
     assert len(fingerprint(folder.entries)) == 16
     assert len(inventory(folder.entries)) == 2
@@ -544,7 +544,7 @@ def test_a_fifo_does_not_hang(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     os.mkfifo(tmp_path / "b.png")
     entries = open_folder(tmp_path).entries
-    assert "no regular file" in load(entries, SIZE, RANGE, ("grey",)).skipped["b.png"]
+    assert "no regular file" in load(entries, Form(("grey",), SIZE, RANGE)).skipped["b.png"]
     assert len(inventory(entries)) == 2
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from knife import prepared as p
-from knife.data import Case, Entry, Loaded
+from knife.data import Case, Form, Loaded
 from knife.errors import InputError
+from knife.layouts import Entry
 
-SHAPE = p.Shape(2, 3, 5)
+SHAPE = (2, 3, 5)
+FORM = Form(("a", "b"), (3, 5), (-1.0, 1.0))
 
 
 def entries(count: int) -> list[Entry]:
@@ -46,10 +48,10 @@ def same(a: Case, b: Case) -> bool:
 def test_what_is_prepared_is_what_was_decoded_and_is_decoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(p, "AT_ONCE", 4)
     decode, told = Decoder(), []
-    first = p.prepared(tmp_path / "key", entries(11), SHAPE, decode, told.append)
+    first = p.prepared(tmp_path / "key", entries(11), FORM, decode, told.append)
     assert decode.calls == 3
     assert told == [4, 8, 11, 11]
-    again = p.prepared(tmp_path / "key", entries(11), SHAPE, decode, no_progress)
+    again = p.prepared(tmp_path / "key", entries(11), FORM, decode, no_progress)
     assert decode.calls == 3
     wanted = [case(e) for e in entries(11) if int(e.values["age"]) % 5 != 4]
     for loaded in (first, again):
@@ -59,22 +61,19 @@ def test_what_is_prepared_is_what_was_decoded_and_is_decoded_once(tmp_path, monk
 
 
 def test_writing_to_a_prepared_image_leaves_the_file_alone(tmp_path):
-    one = p.prepared(tmp_path / "key", entries(2), SHAPE, Decoder(), no_progress).cases[0]
+    one = p.prepared(tmp_path / "key", entries(2), FORM, Decoder(), no_progress).cases[0]
     one.pixels.zero_()
-    again = p.prepared(tmp_path / "key", entries(2), SHAPE, Decoder(), no_progress).cases[0]
+    again = p.prepared(tmp_path / "key", entries(2), FORM, Decoder(), no_progress).cases[0]
     assert torch.equal(again.pixels, case(entries(1)[0]).pixels)
 
 
-def test_the_key_follows_content_and_settings():
+def test_the_key_follows_content_and_form():
     inventory = {"a": "1", "b": "2"}
-    keys = [
-        p.key(inventory, {"size": [64, 64]}),
-        p.key({"a": "1", "b": "3"}, {"size": [64, 64]}),
-        p.key({"a": "1"}, {"size": [64, 64]}),
-        p.key(inventory, {"size": [64, 128]}),
-    ]
-    assert len(set(keys)) == 4
-    assert p.key(dict(reversed(inventory.items())), {"size": [64, 64]}) == keys[0]
+    forms = [FORM, FORM._replace(size=(5, 3)), FORM._replace(crop=True), FORM._replace(min_brain=0.1)]
+    keys = [p.key(inventory, form) for form in forms]
+    keys += [p.key({"a": "1", "b": "3"}, FORM), p.key({"a": "1"}, FORM)]
+    assert len(set(keys)) == 6
+    assert p.key(dict(reversed(inventory.items())), FORM) == keys[0]
 
 
 def test_a_decoder_that_fails_leaves_nothing_behind(tmp_path):
@@ -82,7 +81,7 @@ def test_a_decoder_that_fails_leaves_nothing_behind(tmp_path):
         raise InputError("broken")
 
     with pytest.raises(InputError, match="broken"):
-        p.prepared(tmp_path / "sets" / "key", entries(3), SHAPE, fail, no_progress)
+        p.prepared(tmp_path / "sets" / "key", entries(3), FORM, fail, no_progress)
     assert list((tmp_path / "sets").iterdir()) == []
 
 
@@ -94,7 +93,7 @@ def test_two_writers_at_once_end_with_one_whole_set(tmp_path):
         return Decoder()(part)
 
     def work() -> None:
-        results.append(p.prepared(tmp_path / "key", entries(7), SHAPE, decode, no_progress))
+        results.append(p.prepared(tmp_path / "key", entries(7), FORM, decode, no_progress))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -108,7 +107,7 @@ def test_two_writers_at_once_end_with_one_whole_set(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "index", "entry"])
 def test_a_damaged_set_is_refused(tmp_path, damage):
     folder = tmp_path / "key"
-    p.prepared(folder, entries(3), SHAPE, Decoder(), no_progress)
+    p.prepared(folder, entries(3), FORM, Decoder(), no_progress)
     if damage == "cut":
         (folder / "pixels.f32").write_bytes((folder / "pixels.f32").read_bytes()[:-4])
     elif damage == "index":
@@ -118,18 +117,18 @@ def test_a_damaged_set_is_refused(tmp_path, damage):
         del index["cases"][0]["name"]
         (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="key: this prepared data set is damaged; remove the folder"):
-        p.prepared(folder, entries(3), SHAPE, Decoder(), no_progress)
+        p.prepared(folder, entries(3), FORM, Decoder(), no_progress)
 
 
 def test_a_full_disk_is_refused_before_anything_is_decoded(tmp_path, monkeypatch):
     decode = Decoder()
     monkeypatch.setattr(p, "room", lambda place: 10)
     with pytest.raises(InputError, match=r"decoded images need 0.0; make room"):
-        p.prepared(tmp_path / "key", entries(3), SHAPE, decode, no_progress)
+        p.prepared(tmp_path / "key", entries(3), FORM, decode, no_progress)
     assert decode.calls == 0
 
 
 def test_no_image_at_all_is_an_empty_set(tmp_path):
-    loaded = p.prepared(tmp_path / "key", entries(5)[4:], SHAPE, Decoder(), no_progress)
+    loaded = p.prepared(tmp_path / "key", entries(5)[4:], FORM, Decoder(), no_progress)
     assert loaded.cases == []
     assert loaded.skipped == {"x4.png": "damaged"}

@@ -99,6 +99,9 @@ def train(
     slices: Annotated[
         str | None, typer.Option("--slices", help="Axial slices of volumes, FIRST:LAST+1, as 80:129; default: all.")
     ] = None,
+    crop: Annotated[
+        bool, typer.Option("--crop", help="Fill the network's image size and cut off the rest, instead of padding.")
+    ] = False,
     min_brain: Annotated[
         float, typer.Option("--min-brain", help="Skip slices of volumes that show less than this share.")
     ] = 0.0,
@@ -144,6 +147,7 @@ def train(
         label=label,
         layout=layout,
         slices=slice_range(slices),
+        crop=crop,
         min_brain=min_brain,
         balance=balance,
         cap=cap,
