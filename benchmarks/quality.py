@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from knife.checkpoint import STARTER, load, stored_models
-from knife.ddim import decode, encode
+from knife.ddim import decode, decode_with_control, encode
 from knife.devices import resolve_device
 from knife.pairs import Pair
 from knife.phantom import Phantom, phantom
@@ -110,6 +110,7 @@ class Bench:
             "steps": options.steps,
             "strength": options.strength,
             "clamp": options.clamp,
+            "control": options.control,
         }
         self.settings = replace(Settings(), **{k: v for k, v in given.items() if v is not None})
         self.levels = path(self.settings.noise_level, self.settings.steps)
@@ -135,7 +136,12 @@ class Bench:
                 score = task(name).score(load(stored, self.device), wanted)
                 scale = scale_of(self.settings, Pair(self.stored["diffusion"], stored))
             clamp = self.card.spec.value_range if self.settings.clamp else None
-            results.append(decode(self.net, noisy, self.card.schedule, self.levels, score, scale or 0.0, clamp))
+            walk = (self.net, noisy, self.card.schedule, self.levels)
+            if score is None or not self.settings.control:
+                results.append(decode(*walk, score, scale or 0.0, clamp))
+            else:
+                y, control = decode_with_control(*walk, score, scale or 0.0, clamp)
+                results.append(self.x[rows].split(self.batch)[i] + y - control)
         return torch.cat(results)
 
     def change(self, rows: slice, y: Tensor, wanted: Tensor | None = None) -> float:
@@ -222,6 +228,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--strength", type=float)
     parser.add_argument("--clamp", action="store_true", help="keep the predicted clean image within the value range")
+    parser.add_argument("--control", action=argparse.BooleanOptionalAction, help="add only what guidance changed")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()

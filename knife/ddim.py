@@ -72,6 +72,33 @@ def decode(
     return walk(net, x, schedule, levels[::-1], score if scale else None, scale, clamp, track)
 
 
+def decode_with_control(
+    net: Network,
+    x: Tensor,
+    schedule: Schedule,
+    levels: Sequence[int],
+    score: Score,
+    scale: float | Scale,
+    clamp: tuple[float, float] | None = None,
+    track: Track | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Decode noisy images guided and, as a control, unguided, in one batch; arguments as of `decode`.
+
+    What differs between the two is the effect of the guidance alone: the error of encoding and decoding is in both.
+    `track` sees the guided ones first, then the controls, [2N, C, H, W].
+    """
+    if not scale:
+        alone = decode(net, x, schedule, levels, clamp=clamp, track=track)
+        return alone, alone
+    count = len(x)
+
+    def of_first(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([score(x[:count], t[:count]), x.new_zeros(count)])  # no slope: unguided
+
+    both = decode(net, torch.cat([x, x]), schedule, levels, of_first, scale, clamp, track)
+    return both[:count], both[count:]
+
+
 @torch.no_grad()
 def walk(
     net: Network,

@@ -27,7 +27,7 @@ from knife.volume import Volume
 
 BRAIN = 0.1  # share of its pixels that makes a slice worth translating, where nothing else is said
 Span = tuple[int, int]  # first, last + 1
-SETTINGS = ("noise_level", "steps", "scale", "strength", "clamp")  # those that a result depends on
+SETTINGS = ("noise_level", "steps", "scale", "strength", "control", "clamp")  # those that a result depends on
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ def keep(translation: Translation, k: int, folder: Path, key: str) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- the end
 
-OWN = ("before", "after", "along", "seconds")  # what a record says of one slice alone
+OWN = ("before", "after", "along", "effect", "reconstruction", "seconds")  # what a record says of one slice alone
 
 
 def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: str) -> list[Translation]:
@@ -171,7 +171,8 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
     """
     whole = stack.volume
     said = {
-        k: {"slice": k, **{name: one.record[name] for name in OWN}, **changed(stack, k, one)} for k, one in done.items()
+        k: {"slice": k, **{name: one.record[name] for name in OWN if name in one.record}, **changed(stack, k, one)}
+        for k, one in done.items()
     }
     result = whole.with_slices({k: one.result.pixels for k, one in done.items()})
     difference = (result.pixels - whole.pixels).abs().sum(0, keepdim=True)  # the paper's map: summed over channels

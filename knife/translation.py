@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from knife import __version__, dicom, ops, outputs, stacks, tasks
 from knife.checkpoint import load
-from knife.ddim import Scale, balanced, decode, encode
+from knife.ddim import Scale, balanced, decode, decode_with_control, encode
 from knife.devices import enough_memory, resolve_device
 from knife.errors import InputError, KnifeError, SettingsError
 from knife.image import NIFTI, Image, check_dtype, is_image, read, sequence_of
@@ -43,6 +43,7 @@ class Seen:
     before: Numbers
     along: Sequence[tuple[int, Numbers]]  # the noise level, and what was seen there
     after: Numbers  # in the result as it is written
+    errors: Numbers  # how far the unguided decode is from the input, and the guided one from that
     seconds: float  # an image
 
     def record(self, i: int) -> dict[str, Any]:
@@ -52,7 +53,8 @@ class Seen:
             return {name: values[i] for name, values in numbers.items()}
 
         along = [{"level": level, **of(numbers)} for level, numbers in self.along]
-        return {"before": of(self.before), "after": of(self.after), "along": along, "seconds": round(self.seconds, 3)}
+        seen = {"before": of(self.before), "after": of(self.after), "along": along}
+        return {**seen, **of(self.errors), "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,7 @@ def translate_batch(job: Job, images: Sequence[Image], targets: Tensor) -> list[
 
     def track(level: int, x: Tensor) -> None:
         job.tick()
+        x = x[: len(images)]  # without the controls
         check_sane(job, images, level, x)
         if level in looks:
             along.append((level, look(job, level, x, wanted)))
@@ -309,14 +312,23 @@ def translate_batch(job: Job, images: Sequence[Image], targets: Tensor) -> list[
     before = look(job, 0, x, wanted)
     noisy = encode(job.net, x, card.schedule, levels, lambda level, x: job.tick())
     along = [(levels[-1], look(job, levels[-1], noisy, wanted))]
-    clamp, score = value_range if settings.clamp else None, job.task.score(job.guide, wanted)
-    y = decode(job.net, noisy, card.schedule, levels, score, scale_of(settings, job.pair), clamp, track)
-    change = (y - x).cpu()
+    score, scale = job.task.score(job.guide, wanted), scale_of(settings, job.pair)
+    walk = (job.net, noisy, card.schedule, levels, score, scale, value_range if settings.clamp else None, track)
+    y, start = decode_with_control(*walk) if settings.control else (decode(*walk), x)
+    change = (y - start).cpu()
+    errors = {"effect": sizes(y - start, value_range)}
+    errors |= {"reconstruction": sizes(start - x, value_range)} if settings.control else {}
     results = [image.plus(delta, value_range) for image, delta in zip(images, change, strict=True)]
     after = look(job, 0, stacked(job, results), wanted)  # what was written, and not what the walk ended with
-    seen = Seen(before, along, after, (time.perf_counter() - began) / len(images))
+    seen = Seen(before, along, after, errors, (time.perf_counter() - began) / len(images))
     records = [{**job.about, **image_record(job.pair, image), **seen.record(i)} for i, image in enumerate(images)]
     return [Translation(*parts) for parts in zip(images, results, change, targets, records, strict=True)]
+
+
+def sizes(difference: Tensor, value_range: tuple[float, float]) -> list[float]:
+    """Return the mean size of a difference [N, C, h, w] for each image, as a share of the value range."""
+    shares = difference.abs().flatten(1).mean(1) / (value_range[1] - value_range[0])
+    return [float(f"{share:.3g}") for share in shares.tolist()]
 
 
 def stacked(job: Job, images: Sequence[Image]) -> Tensor:

@@ -93,7 +93,7 @@ def test_help_is_given_without_torch():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "translate", "demo", "phantom", "models import", "models export", "plugins new"]
+    "command", ["train", "translate", "demo", "phantom", "models import", "models export", "plugins new", "data check"]
 )
 def test_every_command_has_help(run, command):
     done = run(*command.split(), "--help")

@@ -91,6 +91,12 @@ def test_a_channel_may_be_empty_and_an_image_may_not(tmp_path: Path) -> None:
         data.image_of(Entry("a", (files[1], files[1]), channels=("ct", "pet")))
 
 
+def test_pictures_are_not_joined(tmp_path: Path) -> None:
+    files = picture(tmp_path / "a_0.png"), picture(tmp_path / "a_1.png")
+    with pytest.raises(InputError, match=r"a_0.png: only NIfTI files of one channel can be joined"):
+        data.image_of(Entry("a", files, channels=("dapi", "gfp")))
+
+
 @pytest.mark.parametrize("channels", [("ct",), ("ct", "ct"), ("ct", "pet", "mr")])
 def test_each_of_several_files_must_have_a_name(tmp_path: Path, channels: tuple[str, ...]) -> None:
     files = slice_(tmp_path / "a_0.nii"), slice_(tmp_path / "a_1.nii")

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from knife.ddim import balanced, decode, encode, gradient
+from knife.ddim import balanced, decode, decode_with_control, encode, gradient
 from knife.schedule import Schedule, path
 
 KINDS = ("linear", "cosine")
@@ -234,6 +234,20 @@ def test_balanced_decoding_takes_the_step_with_its_scale():
     for i in range(2):
         one = decode(net, x[i : i + 1], schedule, [100, 200], score, float(s[i]))
         torch.testing.assert_close(found[i : i + 1], one)
+
+
+@pytest.mark.parametrize("scale", [0.5, balanced(0.3, 0.5)], ids=["paper", "balanced"])
+def test_a_control_is_the_unguided_decode_in_the_same_batch(scale):
+    schedule, levels, x = Schedule(), [0, 50, 100, 200], normal(2, 1, 4, 4)
+    net = lambda x, t: torch.tanh(x) * 0.3  # noqa: E731
+    score = lambda x, t: -0.5 * (x - 1).square().flatten(1).sum(1)  # noqa: E731
+    guided, control = decode_with_control(net, x, schedule, levels, score, scale)
+    torch.testing.assert_close(guided, decode(net, x, schedule, levels, score, scale))
+    torch.testing.assert_close(control, decode(net, x, schedule, levels))
+    assert not torch.allclose(guided, control)
+    same, also = decode_with_control(net, x, schedule, levels, score, 0.0)
+    assert torch.equal(same, also)
+    assert torch.equal(same, decode(net, x, schedule, levels))
 
 
 def test_scale_zero_does_not_ask_the_guide():

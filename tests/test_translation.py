@@ -135,7 +135,7 @@ def test_progress_counts_every_step_of_every_batch(quick, images):
 
 
 def test_clamping_keeps_the_result_within_the_value_range(quick, images):
-    strong = replace(FEW, strength=3.0)
+    strong = replace(FEW, strength=3.0, control=False)
     free, kept = (
         quick(images / "slice.nii", "regress", "+", settings=replace(strong, clamp=clamp))[0] for clamp in (False, True)
     )
@@ -281,7 +281,7 @@ def test_the_record_says_all_that_was_done(quick, images, models, tmp_path):
     assert record == done.record
     assert record["settings"] == {
         "noise_level": 10, "steps": 5, "scale": None, "strength": DEFAULTS.strength,
-        "batch_size": 8, "clamp": False, "dtype": "same",
+        "batch_size": 8, "control": True, "clamp": False, "dtype": "same",
     }  # fmt: skip
     hashes = [digest(models / "brain" / f"{kind}.safetensors") for kind in ("diffusion", "segment")]
     assert [(m["dataset"], m["sha256"], m["shipped"]) for m in record["models"]] == [
@@ -326,16 +326,30 @@ def test_nothing_written_tells_where_files_lie(quick, images, tmp_path):
 
 
 def test_an_explicit_scale_is_the_papers_and_stands_in_the_record(quick, images, monkeypatch):
-    used, real = [], module.decode
-    monkeypatch.setattr(module, "decode", lambda *arguments: used.append(arguments[5]) or real(*arguments))
+    used, real = [], module.decode_with_control
+    monkeypatch.setattr(module, "decode_with_control", lambda *arguments: used.append(arguments[5]) or real(*arguments))
     (done,) = quick(images / "slice.nii", "regress", "0.3", settings=replace(FEW, scale=5.0))
     assert used == [5.0]
     assert (done.record["settings"]["scale"], done.record["settings"]["strength"]) == (5.0, None)
 
 
-def test_no_strength_is_no_guidance(quick, images):
-    one, other = (quick(images / "slice.nii", "regress", t, settings=replace(FEW, strength=0.0))[0] for t in "+-")
-    assert torch.equal(one.change, other.change)
+def test_no_strength_gives_the_input_back_bit_for_bit(quick, images):
+    (done,) = quick(images / "slice.nii", "regress", "+", settings=replace(FEW, strength=0.0))
+    assert torch.equal(done.result.pixels, done.source.pixels)
+    assert done.record["effect"] == 0
+    assert done.record["reconstruction"] > 0
+
+
+def test_the_control_takes_the_error_of_encoding_and_decoding_out(quick, images):
+    """What is written is the input and the difference of two decodes; without control it is the guided one."""
+    (with_control,) = quick(images / "slice.nii", "regress", "+")
+    (without,) = quick(images / "slice.nii", "regress", "+", settings=replace(FEW, control=False))
+    (unguided,) = quick(images / "slice.nii", "regress", "+", settings=replace(FEW, control=False, strength=0.0))
+    torch.testing.assert_close(with_control.change, without.change - unguided.change, rtol=1e-4, atol=1e-5)
+    assert with_control.record["effect"] == pytest.approx(float(with_control.change.abs().mean() / 2), rel=0.01)
+    assert with_control.record["reconstruction"] == pytest.approx(float(unguided.change.abs().mean() / 2), rel=0.01)
+    assert with_control.record["along"] == without.record["along"]
+    assert "reconstruction" not in without.record
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -639,7 +653,7 @@ def test_running_out_of_memory_says_how_to_need_less(quick, images, monkeypatch,
     def decode(*arguments):
         raise trouble
 
-    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(module, "decode_with_control", decode)
     with pytest.raises(DeviceError, match=f"cpu: a batch of {count} does not fit into memory; {words}"):
         quick([images / "slice.nii"] * count, "regress", "0.3")
 
@@ -648,7 +662,7 @@ def test_other_errors_stay_what_they_are(quick, images, monkeypatch):
     def decode(*arguments):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(module, "decode_with_control", decode)
     with pytest.raises(RuntimeError, match="a bug"):
         quick(images / "slice.nii", "regress", "0.3")
 

@@ -25,6 +25,7 @@ from knife.settings import DEFAULTS, Settings
 if TYPE_CHECKING:
     from knife.train import Budget
 
+KNOWN = 0.03  # mean error of the unguided round trip, of the range, above which a model hardly knows an image
 SHOWN_SKIPPED = 5  # skipped images that are named
 
 app = typer.Typer(
@@ -278,6 +279,9 @@ def translate(
         typer.Option("--strength", help=f"Size of the guidance against the noise's; default: {DEFAULTS.strength}."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images translated at once.")] = DEFAULTS.batch_size,
+    control: Annotated[
+        bool, typer.Option("--control/--no-control", help="Add to the input only what guidance changed.")
+    ] = DEFAULTS.control,
     clamp: Annotated[
         bool, typer.Option("--clamp/--no-clamp", help="Keep the predicted clean image in range.")
     ] = DEFAULTS.clamp,
@@ -300,6 +304,7 @@ def translate(
         scale=scale,
         strength=DEFAULTS.strength if strength is None else strength,
         batch_size=batch_size,
+        control=control,
         clamp=clamp,
         dtype=dtype,
     )
@@ -321,6 +326,14 @@ def translate(
         give_json([{**t.record, "folder": str(out)} for t in done])
         return
     show_table([row(t.record) for t in done], words)
+    doubtful = [t.record for t in done if t.record.get("reconstruction", 0) > KNOWN]
+    if doubtful:
+        worst = max(doubtful, key=lambda record: record["reconstruction"])
+        say(
+            f"Take care: unguided, the model gives back {worst['input'][0]} with a mean error of "
+            f"{worst['reconstruction']:.1%} of the range ({len(doubtful)} of {len(done)} images above {KNOWN:.0%}); "
+            "it may not know such images."
+        )
     for file in dict.fromkeys(translation.files.image for translation in done if translation.files):
         give(file)
 

@@ -69,36 +69,44 @@ def show_report(report: Mapping[str, Any]) -> None:
     show_facts(facts(report))
     if report["channels"]:
         seen = "from a sample of the pixels" if report["sampled"] else "from all pixels"
-        give(f"\nIntensities, as stored; percentiles {seen} that are not 0:")
+        heading(f"Intensities, as stored; percentiles {seen} that are not 0:")
         show_table([channel_row(name, told) for name, told in report["channels"].items()])
     if labels := labels_of(report):
-        give("\nLabels; of many numbers, how many lie in each tenth of their range:")
+        heading("Labels; of many numbers, how many lie in each tenth of their range:")
         show_table([label_row(name, told) for name, told in labels.items()])
     if report["notes"]:
         show_list("Worth knowing", report["notes"])
     for kind, sentences in report["problems"].items():
         show_list(f"Problem, {kind}", sentences)
     if not report["problems"]:
-        give("\nNo problems found.")
+        heading("No problems found.")
 
 
 def facts(report: Mapping[str, Any]) -> dict[str, object]:
     """Return the head of the report."""
-    images, volumes, masks = report["images"], report["volumes"], report["masks"]
+    images, volumes = report["images"], report["volumes"]
+    unread = f"; {images - report['readable']:,} cannot be read" if report["readable"] < images else ""
     who = {"names": "drawn by name", "folder": "as the folder says"}
     counts = ", ".join(f"{report['splits'][name]['images']:,} {name}" for name in ("train", "val", "test"))
     return {
         "folder": report["folder"],
         "taken for": f"{report['layout']} ({report['why']})",
-        "images": f"{images:,}" + (f", slices of {volumes:,} volumes" if volumes else ""),
+        "images": f"{images:,}" + (f", slices of {volumes:,} volumes" if volumes else "") + unread,
         "patients": report["patients"] or "not known; each image is on its own",
         "splits": f"{counts} ({who.get(report['splits']['told_by'], 'as split.json says')})",
         "files": frequencies(report["stored"]),
         "shapes": frequencies(report["shapes"]),
-        "masks": f"{masks['with']:,}, {masks['empty']:,} of them empty; values {' '.join(masks['labels']) or 'none'}"
-        if masks["with"]
-        else "none",
+        "masks": masks_told(report["masks"]),
     }
+
+
+def masks_told(masks: Mapping[str, Any]) -> str:
+    """Say how many images have masks, and what is in them."""
+    if not masks["with"]:
+        return "none"
+    lacking = f"; {masks['without']:,} images have none" if masks["without"] else ""
+    values = f"; values above 0: {frequencies(masks['labels'])}" if masks["labels"] else ""
+    return f"{masks['with']:,}, {masks['empty']:,} of them empty{values}{lacking}"
 
 
 def frequencies(counts: Mapping[str, int]) -> str:
@@ -111,7 +119,7 @@ def channel_row(name: str, told: Mapping[str, Any]) -> dict[str, object]:
     """Return the row of a channel."""
     shares = {f"{float(share):g} %": value for share, value in told["percentiles"].items()}
     ends = {"min": told["min"], **shares, "max": told["max"]}
-    return {"channel": name, "images": told["images"], **ends, "zeros": f"{told['zeros']:.1%}"}
+    return {"channel": name, "images": told["images"], **ends, "zeros": f"{100 * told['zeros']:.1f} %"}
 
 
 def labels_of(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,9 +137,15 @@ def label_row(name: str, told: Mapping[str, Any]) -> dict[str, object]:
     return {"label": name, "images": told["images"], **ends, "how many": frequencies(counts) if counts else tenths}
 
 
+def heading(text: str) -> None:
+    """Print a line below an empty one."""
+    give("")
+    give(text)
+
+
 def show_list(title: str, sentences: Sequence[str]) -> None:
     """Print sentences under a title, the first few of them."""
-    give(f"\n{title} ({len(sentences):,}):")
+    heading(f"{title} ({len(sentences):,}):")
     for sentence in sentences[:SHOWN]:
         give(f"  {sentence}")
     if len(sentences) > SHOWN:
