@@ -9,7 +9,7 @@ Encode and decode are the same step along the same levels in opposite directions
 Algorithm 1 (regression) and Algorithm 2 (segmentation) differ in the score alone, so the score is an argument.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -22,6 +22,7 @@ Network = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N, C
 Score = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N], higher is nearer to the target
 Scale = Callable[[Tensor, Tensor], Tensor]  # (gradient [N, C, H, W], alpha_bar []) -> s for each image, [N]
 Track = Callable[[int, Tensor], None]  # called with (level, x at that level) after every step
+Hold = Callable[[int, Tensor], Tensor]  # (level, x at that level) -> what the walk goes on with
 FLAT = 1e-30  # a score that slopes less asks for nothing
 
 
@@ -52,6 +53,7 @@ def decode(
     scale: float | Scale = 0.0,
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
+    hold: Hold | None = None,
 ) -> Tensor:
     """Decode noisy images back to level 0 while the gradient of a score pulls (eq. 3; Algorithms 1 and 2).
 
@@ -65,11 +67,12 @@ def decode(
             unguided result.
         clamp: limits of the predicted clean image x0; None leaves it free, which keeps the round trip exact.
         track: called after every step.
+        hold: what becomes of x after every step, such as `keep_outside`.
 
     Returns:
         The translated images, [N, C, H, W].
     """
-    return walk(net, x, schedule, levels[::-1], score if scale else None, scale, clamp, track)
+    return walk(net, x, schedule, levels[::-1], score if scale else None, scale, clamp, track, hold)
 
 
 def decode_with_control(
@@ -81,21 +84,22 @@ def decode_with_control(
     scale: float | Scale,
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
+    hold: Hold | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode noisy images guided and, as a control, unguided, in one batch; arguments as of `decode`.
 
     What differs between the two is the effect of the guidance alone: the error of encoding and decoding is in both.
-    `track` sees the guided ones first, then the controls, [2N, C, H, W].
+    `track` and `hold` see the guided ones first, then the controls, [2N, C, H, W].
     """
     if not scale:
-        alone = decode(net, x, schedule, levels, clamp=clamp, track=track)
+        alone = decode(net, x, schedule, levels, clamp=clamp, track=track, hold=hold)
         return alone, alone
     count = len(x)
 
     def of_first(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat([score(x[:count], t[:count]), x.new_zeros(count)])  # no slope: unguided
 
-    both = decode(net, torch.cat([x, x]), schedule, levels, of_first, scale, clamp, track)
+    both = decode(net, torch.cat([x, x]), schedule, levels, of_first, scale, clamp, track, hold)
     return both[:count], both[count:]
 
 
@@ -109,6 +113,7 @@ def walk(
     scale: float | Scale = 0.0,
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
+    hold: Hold | None = None,
 ) -> Tensor:
     """Take one step for each pair of neighbouring levels."""
     ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
@@ -119,9 +124,29 @@ def walk(
         g = gradient(score, x, t) if score else None
         s = ones if g is None else scale(g, alpha_bar[level]) if callable(scale) else scale * ones
         x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, s, clamp)  # eq. 3, 4
+        if hold:
+            x = hold(next_level, x)
         if track:
             track(next_level, x)
     return x
+
+
+def keep_outside(region: Tensor, trajectory: Mapping[int, Tensor]) -> Hold:
+    """Return a hold that lets images change within a region, and keeps the rest where encoding led it.
+
+    What lies outside then meets what changes at every noise level, so that borders stay natural; between the two the
+    images are mixed.
+
+    Args:
+        region: [N, 1, H, W], 1 where an image may change, 0 where it may not.
+        trajectory: the encoded images [N, C, H, W] at every level that decoding comes to.
+    """
+
+    def hold(level: int, x: Tensor) -> Tensor:
+        copies = len(x) // len(region)  # guided ones and controls
+        return torch.lerp(trajectory[level].repeat(copies, 1, 1, 1), x, region.to(x.dtype).repeat(copies, 1, 1, 1))
+
+    return hold
 
 
 def gradient(score: Score, x: Tensor, t: Tensor) -> Tensor:

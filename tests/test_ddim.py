@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from knife.ddim import balanced, decode, decode_with_control, encode, gradient
+from knife.ddim import balanced, decode, decode_with_control, encode, gradient, keep_outside
 from knife.schedule import Schedule, path
 
 KINDS = ("linear", "cosine")
@@ -248,6 +248,29 @@ def test_a_control_is_the_unguided_decode_in_the_same_batch(scale):
     same, also = decode_with_control(net, x, schedule, levels, score, 0.0)
     assert torch.equal(same, also)
     assert torch.equal(same, decode(net, x, schedule, levels))
+
+
+def test_what_lies_outside_a_region_stays_where_encoding_led_it():
+    schedule, levels, x = Schedule(), [0, 50, 100, 200], normal(2, 1, 8, 8)
+    net = lambda x, t: torch.tanh(x.roll(1, 3)) * 0.3  # noqa: E731
+    score = lambda x, t: -0.5 * (x - 3).square().flatten(1).sum(1)  # noqa: E731
+    trajectory = {0: x}
+    noisy = encode(net, x, schedule, levels, trajectory.__setitem__)
+    region = torch.zeros(2, 1, 8, 8)
+    region[0, :, :4] = 1
+    region[1, :, 4:] = 0.5
+    hold, seen = keep_outside(region, trajectory), []
+    guided, control = decode_with_control(
+        net, noisy, schedule, levels, score, 0.5, hold=hold, track=lambda k, x: seen.append((k, x))
+    )
+    for image, outside in ((0, slice(4, None)), (1, slice(0, 4))):
+        for level, both in seen:
+            for one in both.chunk(2):
+                assert torch.equal(one[image, :, outside], trajectory[level][image, :, outside])
+        assert torch.equal(guided[image, :, outside], control[image, :, outside])
+    free = decode(net, noisy, schedule, levels, score, 0.5)
+    assert (guided[0, :, :4] - x[0, :, :4]).abs().mean() > 0.3 * (free[0, :, :4] - x[0, :, :4]).abs().mean()
+    assert not torch.equal(guided[1, :, 4:], control[1, :, 4:])
 
 
 def test_scale_zero_does_not_ask_the_guide():
