@@ -6,7 +6,7 @@ What a folder holds is the business of `knife.layouts`.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ class Form(NamedTuple):
     size: tuple[int, int]  # height, width
     value_range: tuple[float, float]
     crop: bool = False  # fill the size and cut off what is beyond, instead of padding
+    labels: tuple[int, ...] = ()  # of a mask's label map, those that count; none: all above 0
     min_brain: float = 0.0  # a volume's slice whose brain covers less than this share of it is skipped
 
 
@@ -183,13 +184,17 @@ def case_of(entry: Entry, form: Form, source: Volume | None = None) -> Case:
     check_channels(entry.name, named(entry, image.channels), form.channels)
     if source is not None:
         refuse_bare(entry, image, form.min_brain)
-    mask = image.on_grid(mask_of(entry.mask, image, entry, source), form.size).round() if entry.mask else None
+    mask = (
+        image.on_grid(mask_of(entry.mask, image, entry, source, form.labels), form.size).round() if entry.mask else None
+    )
     return Case(entry.name, image.normalised(form.size, form.value_range), mask, entry.values)
 
 
-def mask_of(path: Path, image: Image, entry: Entry, source: Volume | None) -> Tensor:
+def mask_of(path: Path, image: Image, entry: Entry, source: Volume | None, labels: Collection[int] = ()) -> Tensor:
     """Read the mask [1, H, W] of an image, or of a slice of a volume."""
-    return read_mask(path, image) if source is None or entry.slice is None else source.mask(path, entry.slice)
+    if source is None or entry.slice is None:
+        return read_mask(path, image, labels)
+    return source.mask(path, entry.slice, labels)
 
 
 def refuse_bare(entry: Entry, image: Image, min_brain: float) -> None:

@@ -8,7 +8,7 @@ Pixels lie as they are looked at: the bytes of files are the business of `knife.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
@@ -263,8 +263,8 @@ def not_constant(image: Image) -> Image:
     return image
 
 
-def read_mask(path: Path | str, image: Image) -> Tensor:
-    """Read a mask as [1, H, W] float32, 1 where its label is above 0, in the image's orientation.
+def read_mask(path: Path | str, image: Image, labels: Collection[int] = ()) -> Tensor:
+    """Read a mask as [1, H, W] float32, 1 where its label is one of `labels` (none: above 0), oriented as the image.
 
     A NIfTI mask must lie on the image's grid; a picture counts as drawn on the displayed image. An empty mask is one.
     Raises InputError if it cannot be read, or its shape or geometry differ.
@@ -282,7 +282,13 @@ def read_mask(path: Path | str, image: Image) -> Tensor:
         if len(mask.pixels) != 1:
             raise InputError(f"{name}: a mask of {len(mask.pixels)} channels; give one with a single label a pixel.")
         _check_same_grid(mask, image)
-    return (mask.pixels > 0).any(0, keepdim=True).float()
+    return labelled(mask.pixels, labels)
+
+
+def labelled(pixels: Tensor, labels: Collection[int] = ()) -> Tensor:
+    """Return 1 where a label map [C, H, W] shows one of `labels` (none: anything above 0), [1, H, W] float32."""
+    chosen = torch.isin(pixels, torch.tensor([*labels], dtype=pixels.dtype)) if labels else pixels > 0
+    return chosen.any(0, keepdim=True).float()
 
 
 def _assembled(paths: Sequence[Path]) -> Image:

@@ -75,6 +75,7 @@ class Run:
     layout: str | None = None  # of the data folder; None: whichever fits
     slices: tuple[int, int] | None = None  # of a volume, first and last + 1; None: all
     crop: bool = False  # fill the network's image size and cut off what is beyond, instead of padding
+    mask_labels: tuple[int, ...] = ()  # of a mask's label map, those that count; none: all above 0
     min_brain: float = 0.0  # least share of the image that a volume's slice must show
     balance: bool = False  # show every class, or tenth of the label's range, equally often
     cap: int | None = None  # images of one class or value at most
@@ -119,7 +120,7 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must agree on."""
-        values = {**asdict(self), "slices": self.slices and [*self.slices]}  # as JSON gives it back
+        values = {k: [*v] if isinstance(v, tuple) else v for k, v in asdict(self).items()}  # as JSON gives it back
         return {k: v for k, v in values.items() if k not in (*FREE, "data", "models")}
 
 
@@ -232,7 +233,7 @@ def prepare(run: Run, watch: Watch) -> Job:
     channels = data.channels_of(entries)
     spec = replace(plan.spec(run.kind, channels), crop=run.crop)
     card = Card(run.kind, run.dataset, spec, Schedule(run.schedule))
-    form = data.Form(channels, spec.size, spec.value_range, run.crop, run.min_brain)
+    form = data.Form(channels, spec.size, spec.value_range, run.crop, run.mask_labels, run.min_brain)
     read = partial(data.load, form=form)
     first, total = len(entries), len(entries) + len(others)
     refuse_full_disk(run.path.parent, 0)

@@ -6,7 +6,7 @@ show it. Intensities are windowed over the whole volume, so that neighbouring sl
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,18 @@ from torch import Tensor
 from knife import nifti
 from knife.errors import InputError
 from knife.files import MARK, refusing, regular, shown, write_safely
-from knife.image import SAME_GRID, Image, Source, assemble, by_sequence, mr_name, own_name, sequence_files, suffix_of
+from knife.image import (
+    SAME_GRID,
+    Image,
+    Source,
+    assemble,
+    by_sequence,
+    labelled,
+    mr_name,
+    own_name,
+    sequence_files,
+    suffix_of,
+)
 from knife.nifti import Array, Header, Nifti
 
 MAX_VOXELS = 2**28  # of a volume, over all channels: 1 GiB as float32
@@ -62,15 +73,15 @@ class Volume:
         kind = tuple(slice_of(f, self.axis, k, step) for f, step in zip(self.files, self.steps, strict=True))
         return Image(self.pixels[:, k], self.window, self.channels, replace(self.source, kind=kind))
 
-    def mask(self, path: Place, k: int) -> Tensor:
-        """Return slice k of a mask volume on the same grid as [1, H, W] float32, 1 where its label is above 0.
+    def mask(self, path: Place, k: int, labels: Collection[int] = ()) -> Tensor:
+        """Return slice k of a mask volume on the same grid as [1, H, W] float32, see `knife.image.read_mask`.
 
         Raises InputError if it cannot be read or lies on another grid.
         """
         self.check(k)
-        labels = mask_volume(Path(path))
-        check_same_grid(labels, self)
-        return (labels.pixels[:, k] > 0).any(0, keepdim=True).float()
+        mask = mask_volume(Path(path))
+        check_same_grid(mask, self)
+        return labelled(mask.pixels[:, k], labels)
 
     def brain(self, k: int) -> float:
         """Return the share of slice k that is not 0 in every channel."""

@@ -431,6 +431,13 @@ def bad(images, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("text", ["0", "1,x", "-1", "1,,2"])
+def test_mask_labels_are_whole_numbers_from_1_on(run, tmp_path, text):
+    done = run("train", "segment", "--data", tmp_path, "--mask-labels", text)
+    assert done.code == 2
+    assert f"--mask-labels {text}: give whole numbers from 1 on" in done.err
+
+
 @pytest.mark.parametrize(
     ("image", "options", "culprit"),
     [

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -273,3 +274,14 @@ def test_fingerprints_do_not_depend_on_where_the_folder_lies(tmp_path: Path) -> 
     folders = [open_folder(picture(tmp_path / name / "a.png").parent) for name in ("one", "two")]
     assert fingerprint(folders[0].entries) == fingerprint(folders[1].entries)
     assert inventory(folders[0].entries) == inventory(folders[1].entries)
+
+
+@pytest.mark.parametrize(("labels", "wanted"), [((), {1, 2, 4}), ((4,), {4}), ((1, 4), {1, 4}), ((3,), set())])
+def test_the_labels_of_a_mask_are_merged_or_chosen(tmp_path: Path, labels: tuple[int, ...], wanted: set[int]) -> None:
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(1, 900, (16, 16, 9)), rng.choice([0, 1, 2, 4], (16, 16, 9))
+    for name, values in (("x_t1", image), ("x_seg", mask)):
+        nib.save(nib.Nifti1Image(values.astype(np.int16), np.diag([-1.0, -1, 1, 1])), tmp_path / f"{name}.nii.gz")
+    entry = Entry("x", (tmp_path / "x_t1.nii.gz",), tmp_path / "x_seg.nii.gz", slice=4)
+    case = case_of(entry, Form(("t1",), (16, 16), RANGE, labels=labels))
+    assert torch.equal(case.mask[0].T > 0, torch.from_numpy(np.isin(mask[..., 4], [*wanted])))

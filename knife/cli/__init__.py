@@ -103,6 +103,9 @@ def train(
     crop: Annotated[
         bool, typer.Option("--crop", help="Fill the network's image size and cut off the rest, instead of padding.")
     ] = False,
+    mask_labels: Annotated[
+        str | None, typer.Option("--mask-labels", help="Labels of a mask that count, as 1,4; default: all but 0.")
+    ] = None,
     min_brain: Annotated[
         float, typer.Option("--min-brain", help="Skip slices of volumes that show less than this share.")
     ] = 0.0,
@@ -149,6 +152,7 @@ def train(
         layout=layout,
         slices=slice_range(slices),
         crop=crop,
+        mask_labels=label_numbers(mask_labels),
         min_brain=min_brain,
         balance=balance,
         cap=cap,
@@ -165,6 +169,17 @@ def train(
         say(f"knife: stopped after step {reached}; {kept}. The same command resumes.")
         raise typer.Exit(128 + caught[0])
     give(run.path)
+
+
+def label_numbers(text: str | None) -> tuple[int, ...]:
+    """Read the numbers of --mask-labels."""
+    try:
+        numbers = tuple(sorted({int(number) for number in text.split(",")})) if text else ()
+    except ValueError:
+        numbers = (0,)
+    if any(number < 1 for number in numbers):
+        raise SettingsError(f"--mask-labels {text}: give whole numbers from 1 on, such as 1,4.")
+    return numbers
 
 
 def slice_range(text: str | None) -> tuple[int, int] | None:
