@@ -12,7 +12,7 @@ import numpy as np
 
 from knife.errors import InputError
 from knife.files import refusing, regular, shown
-from knife.image import SEQUENCES, mr_name
+from knife.image import by_sequence, mr_name
 from knife.nifti import Array, new_header
 from knife.volume import Volume, joined, stacked
 
@@ -50,11 +50,16 @@ def open_series(folder: Path) -> Volume:
 
 
 def case_of(folder: Path) -> tuple[Path, ...]:
-    """Return the series of one head: the folder itself, or its folders named by MR sequences, in canonical order."""
+    """Return the series of one head: the folder itself, or its folders named by MR sequences, in canonical order.
+
+    Raises:
+        InputError: if two are of the same sequence.
+    """
+    folder = folder.resolve()  # results are named by the folder, and "." is no name
     if series_files(folder):
         return (folder,)
-    inside = {mr_name(place): place for place in sorted(folder.iterdir()) if place.is_dir() and series_files(place)}
-    return tuple(inside[name] for name in SEQUENCES if name in inside)
+    inside = [place for place in sorted(folder.iterdir()) if place.is_dir() and mr_name(place) and series_files(place)]
+    return tuple(by_sequence(inside).values())
 
 
 def open_case(folders: Sequence[Path]) -> Volume:

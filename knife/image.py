@@ -420,7 +420,7 @@ def write(image: Image, path: Path | str, synthetic: bool = True, dtype: str = "
     if not suffix_of(path) and len(paths) > 1:
         if len(image.pixels) != len(paths):
             raise InputError(f"{shown(path)}: {len(image.pixels)} channels do not fill {len(paths)} files; name one.")
-        files = {path / own.name: [i] for i, own in enumerate(paths)}
+        files = {path / own_name(own): [i] for i, own in enumerate(paths)}
     else:
         files = {path: list(range(len(image.pixels)))}
     for file in files:

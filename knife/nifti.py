@@ -18,6 +18,7 @@ import torch
 from nibabel import orientations
 from nibabel.nifti1 import Nifti1Header, data_type_codes
 from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
 from torch import Tensor
 
 from knife.errors import InputError
@@ -174,9 +175,7 @@ def read_to_end(stream: BinaryIO, head: bytes, size: int, path: Path) -> bytes:
 
 def affine_of(header: Header, path: Path) -> Array:
     """Return the affine [4, 4] that other programs use: sform, else qform, else voxel size alone."""
-    fixed = header.copy()
-    fixed.check_fix(logger=_SILENT, error_level=logging.ERROR)
-    affine = np.asarray(fixed.get_best_affine(), dtype=np.float64)
+    affine = np.asarray(mended(header).get_best_affine(), dtype=np.float64)
     with np.errstate(all="ignore"):
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
         volume = abs(np.linalg.det(affine[:3, :3] / lengths))  # 1 if orthogonal, 0 if two axes are one
@@ -184,6 +183,21 @@ def affine_of(header: Header, path: Path) -> Array:
     if not sane:
         raise InputError(f"{shown(path)}: its affine is singular, not finite or huge; correct the header.")
     return affine
+
+
+def mended(header: Header) -> Header:
+    """Return a copy of a header in which what others write loosely is set right: pixdim[0] of 0, sizes below 0."""
+    fixed = header.copy()
+    fixed.check_fix(logger=_SILENT, error_level=logging.ERROR)
+    return fixed
+
+
+def qform_of(header: Header) -> Array | None:
+    """Return the affine [4, 4] of a header's quaternion, or None if it has none, or one that turns nothing."""
+    try:
+        return np.asarray(mended(header).get_qform(), dtype=np.float64) if int(header["qform_code"]) > 0 else None
+    except (ValueError, HeaderDataError):  # longer than 1: no program can use it, and the sform stands for it
+        return None
 
 
 def oriented(affine: Array, axes: tuple[int, int], shape: Sequence[int]) -> tuple[Orientation, Array]:

@@ -122,9 +122,9 @@ def moved(header: Header, axis: int, k: int) -> Header:
         values = np.array(header[row], dtype=np.float64)
         values[3] += k * values[axis]
         fresh[row] = values
-    if int(header["qform_code"]) > 0:
-        way = header.get_qform()[:3, axis] * k
-        for offset, change in zip(("qoffset_x", "qoffset_y", "qoffset_z"), way, strict=True):
+    turned = nifti.qform_of(header)
+    if turned is not None:
+        for offset, change in zip(("qoffset_x", "qoffset_y", "qoffset_z"), turned[:3, axis] * k, strict=True):
             fresh[offset] = float(header[offset]) + change
     return fresh
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     7: ("demo", "contract", "scaffold"),
     6: ("train", "translation", "doctor"),
-    5: ("stacks",),
+    5: ("stacks", "report"),
     4: ("prepared", "survey", "pairs", "outputs", "interop", "diffusers"),
     3: ("layouts", "data", "balance", "checkpoint"),
     2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom"),
@@ -33,6 +33,7 @@ ONLY = {  # a library: the modules that may import it
     "nibabel": {"nifti", "phantom"},
     "PIL": {"picture", "panel"},
     "pydicom": {"dicom"},
+    "jinja2": {"report"},
 }
 PLUGINS_MAY = {"knife.hookspecs", "knife.errors", "knife.unet", "knife.image", "knife.masks"}
 MODULES = sorted(path for path in (ROOT / "knife").glob("*.py") if path.stem != "__init__")

@@ -303,6 +303,7 @@ def translate(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Voxels of NIfTI results: same (as the input, if all fit) or float32.")
     ] = DEFAULTS.dtype,
+    page: Annotated[bool, typer.Option("--report", help="Write report.html too: one page that shows it all.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -337,6 +338,10 @@ def translate(
             started=say_how,
             progress=lambda done, total: show("translating", done, total),
         )
+    if page:
+        from knife.report import write_report
+
+        write_report(done, out / "report.html")
     if as_json:
         give_json([{**t.record, "folder": str(out)} for t in done])
         return
@@ -351,6 +356,8 @@ def translate(
         )
     for file in dict.fromkeys(translation.files.image for translation in done if translation.files):
         give(file)
+    if page:
+        give(out / "report.html")
 
 
 def say_how(about: Mapping[str, Any]) -> None:
