@@ -270,9 +270,17 @@ def inventory(entries: Sequence[Entry]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
         told = dict(zip(files, pool.map(content, files), strict=True))
     return {
-        short_hash(e.name): short_hash(str(sorted(e.values.items())), *(told[file] for file in files_of([e])))
+        short_hash(e.name): short_hash(str(sorted(e.values.items())), *(told[file] for file in files_of([in_order(e)])))
         for e in entries
     }
+
+
+def in_order(entry: Entry) -> Entry:
+    """Return an entry whose files come as its channels do: two that changed places hold another image."""
+    try:
+        return replace(entry, files=tuple(files_by_channel(entry).values())) if len(entry.files) > 1 else entry
+    except InputError:  # said when it is read
+        return entry
 
 
 def files_of(entries: Iterable[Entry]) -> list[Path]:

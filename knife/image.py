@@ -105,8 +105,10 @@ class Image:
         seen = F.interpolate(inside[None], size=(rows, columns), mode="nearest-exact")[0] > 0
         return _resized(F.pad(x, (-left, -right, -top, -below)), (rows, columns)).masked_fill(~seen, 0)
 
-    def plus(self, delta: Tensor, value_range: tuple[float, float]) -> "Image":
+    def plus(self, delta: Tensor, value_range: tuple[float, float], region: Tensor | None = None) -> "Image":
         """Return the image changed by `delta` [C, h, w], in units of `value_range` on a model's grid.
+
+        region: where it may change, [1, H, W] on the image's grid, 0 or 1; None is anywhere.
 
         The change is scaled by the window and added to the raw pixels: fine detail and values beyond the window stay.
         Where delta is 0, and in the background, pixels stay bit for bit. Changed pixels are rounded if the file holds
@@ -115,6 +117,7 @@ class Image:
         gain = (self.window[:, 1].double() - self.window[:, 0]) / (value_range[1] - value_range[0])
         change = self.from_grid(delta.detach().to("cpu", torch.float64)) * gain[:, None, None]
         change = change.masked_fill(self.background, 0)
+        change = change if region is None else change.masked_fill(region == 0, 0)
         changed = self.pixels.double() + change
         low, high = self.source.limits[:, :, None, None].unbind(1)
         changed = torch.where(self.source.whole, changed.round(), changed).clamp(low, high)

@@ -78,11 +78,13 @@ class Folder:
     def split(self, name: str) -> list[Entry]:
         """Return the entries of one split: train, val or test.
 
-        Where the folder does not say, the patient's name decides; if that leaves none to train on, all are trained on.
+        Where the folder does not say, what it says of the patient's other images decides, else the patient's name; if
+        that leaves none to train on, all are trained on.
         """
-        places = [e.split or split_of(e.key) for e in self.entries]
+        told = {entry.key: entry.split for entry in self.entries if entry.split}
+        places = [e.split or told.get(e.key) or split_of(e.key) for e in self.entries]
         if "train" not in places:
-            places = [e.split or "train" for e in self.entries]
+            places = [e.split or told.get(e.key) or "train" for e in self.entries]
         return [e for e, place in zip(self.entries, places, strict=True) if place == name]
 
 

@@ -7,6 +7,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from knife import nifti
 from knife.errors import InputError, TargetError
@@ -20,12 +21,14 @@ SHAPES = {  # name: form, example
     "rectangle": ("rectangle:x,y,w,h", "rectangle:50%,40%,20%,10%"),
 }
 MAX_VOXELS = 2**28  # of a mask, which may be a volume
+EDGE = 2  # pixels that a soft edge is wide
 PARALLEL = 0.01  # sine of the angle by which two planes may differ
 
 
-def read_target_mask(text: str, image: Image) -> Tensor:
+def read_target_mask(text: str, image: Image, option: str = "--target") -> Tensor:
     """Read a wanted mask as [1, H, W] float32, 1 where its label is above 0, on the image's grid as displayed.
 
+    option: the word of the command line that gave the text, for messages.
     text: a mask file, or a shape of SHAPES in pixels of the displayed image: x from the left, y from the top, pixel
     centres at whole numbers; numbers with a % sign are shares of width or height. Between two NIfTI files the world
     coordinates tell where the mask lies, whatever its resolution, orientation or number of slices: each pixel takes the
@@ -35,11 +38,11 @@ def read_target_mask(text: str, image: Image) -> Tensor:
     """
     name, colon, numbers = text.partition(":")
     if colon and name in SHAPES:
-        return drawn(name, numbers, image)
+        return drawn(name, numbers, image, option)
     if not suffix_of(Path(text)):
         forms = ", ".join(form for form, _ in SHAPES.values())
         raise TargetError(
-            f"--target {shown(text)}: neither a mask file nor a shape; give a NIfTI or PNG file, {forms}."
+            f"{option} {shown(text)}: neither a mask file nor a shape; give a NIfTI or PNG file, {forms}."
         )
     if isinstance(image.source.kind, Picture) or suffix_of(Path(text)).lower() not in NIFTI:
         return read_mask(text, image)
@@ -49,7 +52,7 @@ def read_target_mask(text: str, image: Image) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- shapes
 
 
-def drawn(name: str, numbers: str, image: Image) -> Tensor:
+def drawn(name: str, numbers: str, image: Image, option: str) -> Tensor:
     """Return the mask [1, H, W] of a shape that four numbers describe.
 
     Raises TargetError if they do not, or no pixel of the image lies in the shape.
@@ -64,7 +67,7 @@ def drawn(name: str, numbers: str, image: Image) -> Tensor:
     except ValueError:
         how = "in pixels of the displayed image, x to the right and y down, or in % of its width and height"
         given = shown(f"{name}:{numbers}")
-        raise TargetError(f"--target {given}: give {form} {how}, with sizes above 0, such as {example}.") from None
+        raise TargetError(f"{option} {given}: give {form} {how}, with sizes above 0, such as {example}.") from None
     y, x = torch.arange(rows).double()[:, None], torch.arange(columns).double()
     if name == "ellipse":
         inside = ((x - a) / c) ** 2 + ((y - b) / d) ** 2 <= 1
@@ -72,8 +75,15 @@ def drawn(name: str, numbers: str, image: Image) -> Tensor:
         inside = (a <= x) & (x < a + c) & (b <= y) & (y < b + d)
     if not inside.any():
         whose = f"{shown(image.source.paths[0])}, {columns} wide and {rows} high"
-        raise TargetError(f"--target {name}:{numbers}: covers no pixel of {whose}; give {form} within it.")
+        raise TargetError(f"{option} {name}:{numbers}: covers no pixel of {whose}; give {form} within it.")
     return inside[None].float()
+
+
+def soft_edged(mask: Tensor) -> Tensor:
+    """Return a mask [1, h, w] that rises from 0 at its border to 1 within; a few pixels alone keep their hard edge."""
+    around = F.avg_pool2d(mask, 2 * EDGE + 1, 1, EDGE, count_include_pad=False)
+    soft = (2 * around - 1).clamp(min=0) * mask
+    return soft / soft.max() if soft.max() > 0.5 else mask
 
 
 def number(text: str, whole: int) -> float:

@@ -41,24 +41,34 @@ class Translation:
     files: Files | None = None  # None: nothing was written
 
 
+class Edit(NamedTuple):
+    """What is asked of one image."""
+
+    image: Image
+    target: Tensor  # as the task understands it
+    region: Tensor | None = None  # where it may change, [1, H, W], 0 or 1; None: anywhere
+
+
 class Unit(NamedTuple):
     """One input that has results of its own: what is to be translated of it, and what becomes of that."""
 
-    todo: list[tuple[Image, Tensor]]  # images and their targets
+    todo: list[Edit]
     deliver: Callable[[Iterable[Translation]], list[Translation]]  # takes the translations of `todo`, in order
     done: int = 0  # images that an earlier call has translated
 
 
-def unit(image: Image, target: Tensor, files: Files | None, dtype: str) -> Unit:
+def unit(edit: Edit, files: Files | None, dtype: str) -> Unit:
     """Return the unit of one image; without files nothing is written."""
 
     def deliver(fresh: Iterable[Translation]) -> list[Translation]:
         return [save(one, files, dtype) if files else one for one in fresh]
 
-    return Unit([(image, target)], deliver)
+    return Unit([edit], deliver)
 
 
-def destinations(sources: Sequence[Source], task: str, target: str, out: Path) -> list[Files]:
+def destinations(
+    sources: Sequence[Source], task: str, target: str, out: Path, region: str | None = None
+) -> list[Files]:
     """Return where the results of each image or volume go, named by input, task and target, and numbered if need be.
 
     Raises:
@@ -69,7 +79,11 @@ def destinations(sources: Sequence[Source], task: str, target: str, out: Path) -
         room(out)
     except OSError as error:
         raise SettingsError(f"-o {out}: {error.filename} is {error.strerror}; give another one.") from error
-    inputs: list[Place] = [*(file for source in sources for file in source.paths), target]
+    inputs: list[Place] = [
+        *(file for source in sources for file in source.paths),
+        target,
+        *([region] if region else []),
+    ]
     taken = {identity(file) for file in inputs if os.path.exists(file)}
     word, names, plans = target_word(target), set[str](), []
     for source in sources:

@@ -22,7 +22,7 @@ from knife import checkpoint, volume
 from knife.errors import InputError, ModelError
 from knife.files import write_safely
 from knife.image import Image, is_image, sequence_of
-from knife.outputs import Files, Translation, Unit, draw, refusing_disk, save
+from knife.outputs import Edit, Files, Translation, Unit, draw, refusing_disk, save
 from knife.volume import Volume
 
 BRAIN = 0.1  # share of its pixels that makes a slice worth translating, where nothing else is said
@@ -98,16 +98,12 @@ def is_mask(file: Path) -> bool:
 
 
 def unit(
-    stack: Stack, targets: Sequence[Tensor], files: Files, about: Mapping[str, Any], value_range: tuple[float, float]
+    stack: Stack, edits: Sequence[Edit], files: Files, about: Mapping[str, Any], value_range: tuple[float, float]
 ) -> Unit:
     """Return what is still to do of a stack."""
-    key, folder, dtype = key_of(stack, about, targets), place_of(files), about["settings"]["dtype"]
-    done = kept(stack, folder, key, targets, value_range)
-    todo = {
-        k: (image, target)
-        for k, image, target in zip(stack.slices, stack.images, targets, strict=True)
-        if k not in done
-    }
+    key, folder, dtype = key_of(stack, about, edits), place_of(files), about["settings"]["dtype"]
+    done = kept(stack, folder, key, edits, value_range)
+    todo = {k: edit for k, edit in zip(stack.slices, edits, strict=True) if k not in done}
 
     def deliver(fresh: Iterable[Translation]) -> list[Translation]:
         for k, one in zip(todo, fresh, strict=True):
@@ -124,27 +120,28 @@ def place_of(files: Files) -> Path:
     return files.record.with_name(f".{files.record.stem}.part")
 
 
-def key_of(stack: Stack, about: Mapping[str, Any], targets: Sequence[Tensor]) -> str:
+def key_of(stack: Stack, about: Mapping[str, Any], edits: Sequence[Edit]) -> str:
     """Return a hash of all that a result depends on."""
     chosen = {name: about["settings"][name] for name in SETTINGS}
     told = [about["knife"], about["task"], about["target"], chosen, [model["sha256"] for model in about["models"]]]
     hashed = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    for tensor in (stack.volume.pixels, stack.volume.window, *targets):
+    asked = [tensor for edit in edits for tensor in (edit.target, edit.region) if tensor is not None]
+    for tensor in (stack.volume.pixels, stack.volume.window, *asked):
         hashed.update(tensor.contiguous().numpy().tobytes())
     return hashed.hexdigest()
 
 
 def kept(
-    stack: Stack, folder: Path, key: str, targets: Sequence[Tensor], value_range: tuple[float, float]
+    stack: Stack, folder: Path, key: str, edits: Sequence[Edit], value_range: tuple[float, float]
 ) -> dict[int, Translation]:
     """Return the slices that an earlier call finished, slice number -> translation; what is damaged is done again."""
     done = {}
-    for k, image, target in zip(stack.slices, stack.images, targets, strict=True):
+    for k, (image, target, region) in zip(stack.slices, edits, strict=True):
         try:
             about = checkpoint.read_about(folder / f"{k}.safetensors")
             if about.get("key") == key:
                 change = checkpoint.read_tensors(folder / f"{k}.safetensors")["change"]
-                done[k] = Translation(image, image.plus(change, value_range), change, target, about["record"])
+                done[k] = Translation(image, image.plus(change, value_range, region), change, target, about["record"])
         except (ModelError, KeyError):
             continue
     return done

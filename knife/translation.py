@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from knife import __version__, dicom, ops, outputs, stacks, tasks
 from knife.checkpoint import load
-from knife.ddim import Scale, balanced, decode, decode_with_control, encode
+from knife.ddim import Scale, Track, balanced, decode, decode_with_control, encode, keep_outside
 from knife.devices import enough_memory, resolve_device
 from knife.errors import InputError, KnifeError, SettingsError
 from knife.image import NIFTI, Image, check_dtype, is_image, read, sequence_of
 from knife.layouts import sequences
-from knife.outputs import Files, Translation, Unit, destinations, without_folder
+from knife.masks import read_target_mask, soft_edged
+from knife.outputs import Edit, Files, Translation, Unit, destinations, without_folder
 from knife.pairs import Pair, choose, model_record, unnamed
 from knife.schedule import path, timestep
 from knife.settings import DEFAULTS, Settings
@@ -81,6 +82,7 @@ def translate(
     dataset: str | None = None,
     settings: Settings = DEFAULTS,
     slices: stacks.Span | None = None,
+    region: str | None = None,
     device: str = "auto",
     started: Callable[[Mapping[str, Any]], None] = lambda about: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -98,6 +100,7 @@ def translate(
         settings: noise level, steps, scale and the like.
         slices: which axial slices of volumes, first and last + 1; None: all that show enough brain. A lone one is
             written as an image too.
+        region: a mask file, or a shape such as ellipse:120,100,20,15, within which images may change; None: anywhere.
         device: auto, cpu, cuda or cuda:N.
         started: called once before the first step with what each record begins with, the number of `images` to
             do, how many slices an earlier call has `done`, and the masks in folders that were `left_out`.
@@ -117,49 +120,58 @@ def translate(
     samples = [source.images[0] if isinstance(source, Stack) else source for source in sources]
     pair = choose(task, samples, None if models is None else Path(models), dataset)
     check(settings, pair)
-    card = pair.guide.card
-    sources = [replace(source, crop=pair.diffusion.card.spec.crop) for source in sources]
-    groups = [source.images if isinstance(source, Stack) else [source] for source in sources]
-    targets = [[kind.target(target, image, card.spec, card.config) for image in group] for group in groups]
+    spec = pair.diffusion.card.spec
+    sources = [replace(source, crop=spec.crop) for source in sources]
+    edits = [[asked(kind, pair, target, region, image) for image in images_of(source)] for source in sources]
     places = [source.source for source in sources]
-    plans = [None] * len(places) if out is None else destinations(places, task, target, Path(out))
+    plans = [None] * len(places) if out is None else destinations(places, task, target, Path(out), region)
     about = {
         "knife": __version__,
         "torch": torch.__version__,
         "synthetic": SYNTHETIC,
         "task": task,
         "target": without_folder(target),
+        "region": region and without_folder(region),
         "settings": asdict(settings) | ({} if settings.scale is None else {"strength": None}),
         "models": [{**model_record(stored), "shipped": pair.shipped} for stored in (pair.diffusion, pair.guide)],
         "device": f"{where}: {why}",
         "ops": ops.status(where.split(":")[0]).path,
     }
-    units = [unit_of(*parts, about, card.spec.value_range) for parts in zip(sources, targets, plans, strict=True)]
-    images_todo = [image for unit in units for image, _ in unit.todo]
-    total = 2 * settings.steps * -(-len(images_todo) // settings.batch_size)
+    units = [unit_of(*parts, about, spec.value_range) for parts in zip(sources, edits, plans, strict=True)]
+    todo = [edit for unit in units for edit in unit.todo]
+    total = 2 * settings.steps * -(-len(todo) // settings.batch_size)
     ticks = iter(range(1, total + 1))
     with enough_memory(where, "the models do", "give --device cpu, or use smaller ones"):
         nets = load(pair.diffusion, where), load(pair.guide, where)
-    counts = {"images": len(images_todo), "done": sum(unit.done for unit in units)}
+    counts = {"images": len(todo), "done": sum(unit.done for unit in units)}
     started({**about, **counts, "left_out": [mask.name for mask in left_out]})
-    job = Job(kind, pair, settings, where, *nets, about, lambda: progress(next(ticks), total))
-    results = run(job, images_todo, [wanted for unit in units for _, wanted in unit.todo])
+    results = run(Job(kind, pair, settings, where, *nets, about, lambda: progress(next(ticks), total)), todo)
     return [one for unit in units for one in unit.deliver(islice(results, len(unit.todo)))]
+
+
+def images_of(source: Image | Stack) -> list[Image]:
+    """Return the images of an input that are translated."""
+    return source.images if isinstance(source, Stack) else [source]
+
+
+def asked(kind: tasks.Task, pair: Pair, target: str, region: str | None, image: Image) -> Edit:
+    """Return what is asked of an image: its target and region, read from the user's words."""
+    card = pair.guide.card
+    wanted = kind.target(target, image, card.spec, card.config)
+    return Edit(image, wanted, None if region is None else read_target_mask(region, image, "--region"))
 
 
 def unit_of(
     source: Image | Stack,
-    targets: Sequence[Tensor],
+    edits: list[Edit],
     files: Files | None,
     about: Mapping[str, Any],
     value_range: tuple[float, float],
 ) -> Unit:
     """Return what is to do of an input; of a stack that is not written, all."""
     if isinstance(source, Image):
-        return outputs.unit(source, targets[0], files, about["settings"]["dtype"])
-    if files is None:
-        return Unit(list(zip(source.images, targets, strict=True)), list)
-    return stacks.unit(source, targets, files, about, value_range)
+        return outputs.unit(edits[0], files, about["settings"]["dtype"])
+    return Unit(edits, list) if files is None else stacks.unit(source, edits, files, about, value_range)
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs
@@ -278,7 +290,7 @@ def scale_of(settings: Settings, pair: Pair) -> float | Scale:
 # ------------------------------------------------------------------------------------------------------------ the work
 
 
-def run(job: Job, sources: Sequence[Image], targets: Sequence[Tensor]) -> Iterator[Translation]:
+def run(job: Job, edits: Sequence[Edit]) -> Iterator[Translation]:
     """Translate images batch by batch, in their order.
 
     Raises:
@@ -286,23 +298,23 @@ def run(job: Job, sources: Sequence[Image], targets: Sequence[Tensor]) -> Iterat
         KnifeError: if guidance blows an image up.
     """
     size = job.settings.batch_size
-    for first in range(0, len(sources), size):
-        batch = slice(first, first + size)
-        count = len(sources[batch])
+    for first in range(0, len(edits), size):
+        batch = edits[first : first + size]
+        count = len(batch)
         remedy = f"lower --batch-size to less than {count}" if count > 1 else "give --device cpu, or use smaller models"
         with enough_memory(job.device, f"a batch of {count} does", remedy):
-            done = translate_batch(job, sources[batch], torch.stack(list(targets[batch])))
+            done = translate_batch(job, batch)
         yield from done
 
 
-def translate_batch(job: Job, images: Sequence[Image], targets: Tensor) -> list[Translation]:
-    """Encode a batch of images, and decode it towards its targets [N, ...] (Algorithms 1 and 2)."""
-    card, settings, wanted = job.pair.diffusion.card, job.settings, targets.to(job.device)
-    levels, value_range, began = path(settings.noise_level, settings.steps), card.spec.value_range, time.perf_counter()
-    looks = set(levels[:: max(1, settings.steps // LOOKS)])
+def translate_batch(job: Job, edits: Sequence[Edit]) -> list[Translation]:
+    """Encode a batch of images, and decode it towards its targets (Algorithms 1 and 2)."""
+    images, targets = [edit.image for edit in edits], torch.stack([edit.target for edit in edits])
+    spec, settings, wanted = job.pair.diffusion.card.spec, job.settings, targets.to(job.device)
+    began, along = time.perf_counter(), list[tuple[int, Numbers]]()
+    looks = set(path(settings.noise_level, settings.steps)[:: max(1, settings.steps // LOOKS)])
 
     def track(level: int, x: Tensor) -> None:
-        job.tick()
         x = x[: len(images)]  # without the controls
         check_sane(job, images, level, x)
         if level in looks:
@@ -310,19 +322,48 @@ def translate_batch(job: Job, images: Sequence[Image], targets: Tensor) -> list[
 
     x = stacked(job, images)
     before = look(job, 0, x, wanted)
-    noisy = encode(job.net, x, card.schedule, levels, lambda level, x: job.tick())
-    along = [(levels[-1], look(job, levels[-1], noisy, wanted))]
-    score, scale = job.task.score(job.guide, wanted), scale_of(settings, job.pair)
-    walk = (job.net, noisy, card.schedule, levels, score, scale, value_range if settings.clamp else None, track)
-    y, start = decode_with_control(*walk) if settings.control else (decode(*walk), x)
+    y, start = edited(job, x, wanted, regions_of(job, edits), track)
     change = (y - start).cpu()
-    errors = {"effect": sizes(y - start, value_range)}
-    errors |= {"reconstruction": sizes(start - x, value_range)} if settings.control else {}
-    results = [image.plus(delta, value_range) for image, delta in zip(images, change, strict=True)]
+    results = [e.image.plus(delta, spec.value_range, e.region) for e, delta in zip(edits, change, strict=True)]
     after = look(job, 0, stacked(job, results), wanted)  # what was written, and not what the walk ended with
+    errors = {"effect": sizes(y - start, spec.value_range)}
+    errors |= {"reconstruction": sizes(start - x, spec.value_range)} if settings.control else {}
     seen = Seen(before, along, after, errors, (time.perf_counter() - began) / len(images))
     records = [{**job.about, **image_record(job.pair, image), **seen.record(i)} for i, image in enumerate(images)]
     return [Translation(*parts) for parts in zip(images, results, change, targets, records, strict=True)]
+
+
+def edited(job: Job, x: Tensor, wanted: Tensor, region: Tensor | None, track: Track) -> tuple[Tensor, Tensor]:
+    """Encode images [N, C, h, w] and decode them with guidance; return the result, and what it is compared with.
+
+    That is the unguided decode, or without control the images themselves.
+    """
+    schedule, settings = job.pair.diffusion.card.schedule, job.settings
+    levels, trajectory = path(settings.noise_level, settings.steps), {0: x}
+
+    def climb(level: int, x: Tensor) -> None:
+        job.tick()
+        if region is not None:
+            trajectory[level] = x
+
+    def descend(level: int, x: Tensor) -> None:
+        job.tick()
+        track(level, x)
+
+    noisy = encode(job.net, x, schedule, levels, climb)
+    track(levels[-1], noisy)
+    score, scale = job.task.score(job.guide, wanted), scale_of(settings, job.pair)
+    clamp = job.pair.diffusion.card.spec.value_range if settings.clamp else None
+    hold = None if region is None else keep_outside(region, trajectory)
+    walk = (job.net, noisy, schedule, levels, score, scale, clamp, descend, hold)
+    return decode_with_control(*walk) if settings.control else (decode(*walk), x)
+
+
+def regions_of(job: Job, edits: Sequence[Edit]) -> Tensor | None:
+    """Return where images may change on the model's grid, [N, 1, h, w] from 0 to 1, or None for anywhere."""
+    size = job.pair.diffusion.card.spec.size
+    masks = [soft_edged(edit.image.on_grid(edit.region, size)) for edit in edits if edit.region is not None]
+    return torch.stack(masks).to(job.device) if masks else None
 
 
 def sizes(difference: Tensor, value_range: tuple[float, float]) -> list[float]:

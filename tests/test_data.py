@@ -270,6 +270,14 @@ def test_fingerprints_tell_changed_values(tmp_path: Path) -> None:
     assert inventory([entry]) != inventory([other])
 
 
+def test_the_inventory_tells_channels_that_changed_places(tmp_path: Path) -> None:
+    files = tuple(slice_(tmp_path / f"a_{i}.nii", level=i + 1) for i in range(2))
+    one, other = (Entry("a", files, channels=names) for names in (("t1", "t2"), ("t2", "t1")))
+    assert data.image_of(one).channels == data.image_of(other).channels
+    assert inventory([one]) != inventory([other])
+    assert inventory([Entry("a", files, channels=("t1", "t1"))])  # which cannot be read, and is told so elsewhere
+
+
 def test_fingerprints_do_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
     folders = [open_folder(picture(tmp_path / name / "a.png").parent) for name in ("one", "two")]
     assert fingerprint(folders[0].entries) == fingerprint(folders[1].entries)

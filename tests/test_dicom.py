@@ -96,6 +96,27 @@ def test_a_head_of_several_series(tmp_path):
     ]  # fmt: skip
 
 
+def test_two_series_of_one_sequence_are_refused(tmp_path):
+    for i, name in enumerate(["T1 early", "T1 late", "T2"]):
+        write_series(tmp_path / "head" / name, voxels(i))
+    with pytest.raises(InputError, match=r"T1 early and .*T1 late: two files of sequence t1"):
+        dicom.case_of(tmp_path / "head")
+
+
+def test_a_series_in_the_working_folder_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_series(tmp_path / "Jane", voxels()))
+    assert [folder.name for folder in dicom.case_of(Path())] == ["Jane"]
+
+
+def test_one_slice_of_a_head_of_dicom(tmp_path, models):
+    for i, name in enumerate(["t1", "t1ce", "t2", "flair"]):
+        write_series(tmp_path / "Jane" / name, voxels(i))
+    few = Settings(noise_level=10, steps=2)
+    translate(tmp_path / "Jane", "regress", "0.3", models=models, settings=few, out=tmp_path / "out", slices=(3, 4))
+    alone = tmp_path / "out" / "Jane_regress_0.3_slice3"
+    assert sorted(file.name for file in alone.iterdir()) == [f"{n}.nii.gz" for n in ("flair", "t1", "t1ce", "t2")]
+
+
 def test_translating_a_head_of_dicom(tmp_path, models):
     for i, name in enumerate(["t1", "t1ce", "t2", "flair"]):
         write_series(tmp_path / "Jane" / name, voxels(i))

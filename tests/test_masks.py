@@ -10,7 +10,7 @@ import torch
 
 from knife.errors import InputError, TargetError
 from knife.image import Image, read, read_mask
-from knife.masks import read_target_mask
+from knife.masks import read_target_mask, soft_edged
 
 UGLY = np.array([[-0.83, 0.21, 0.4, 71.3], [0.17, 1.1, -0.3, -55.5], [0.09, 0.35, 2.9, 12.25], [0, 0, 0, 1]])
 
@@ -185,3 +185,18 @@ def test_what_is_neither_file_nor_shape(tmp_path: Path, text: str) -> None:
 def test_shapes_beside_the_image(tmp_path: Path, text: str) -> None:
     with pytest.raises(TargetError, match=r"covers no pixel of .*x\.png, 30 wide and 20 high"):
         read_target_mask(text, picture_in(tmp_path))
+
+
+def test_a_soft_edge_rises_within_the_mask_and_leaves_little_ones_alone() -> None:
+    mask = torch.zeros(1, 24, 24)
+    mask[0, 4:18, 6:20] = 1
+    soft = soft_edged(mask)
+    assert not soft[mask == 0].any()
+    assert soft[0, 11, 13] == 1
+    row = soft[0, 11, 6:14]
+    assert (row.diff() >= 0).all()
+    assert row[0] < 0.5
+    small = torch.zeros(1, 24, 24)
+    small[0, 4:6, 4:6] = 1
+    assert torch.equal(soft_edged(small), small)
+    assert not soft_edged(torch.zeros(1, 9, 9)).any()

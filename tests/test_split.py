@@ -30,6 +30,13 @@ def test_splits_are_fair_and_depend_on_the_name_alone() -> None:
     assert [split_of(patient) for patient in ("p0", "p30", "p1")] == ["train", "val", "test"]  # as it ever was
 
 
+def test_a_patient_follows_the_images_that_the_folder_tells_of() -> None:
+    trained = next(name for name in map(str, range(1000)) if split_of(name) == "train")
+    images = [Entry("a", (), group=trained), Entry("b", (), group=trained, split="test"), Entry("c", (), split="train")]
+    folder = Folder(Path(), "manifest", images)
+    assert [names(folder.split(name)) for name in ("train", "val", "test")] == [["c"], [], ["a", "b"]]
+
+
 def test_few_patients_are_all_trained_on() -> None:
     unlucky = next(name for name in map(str, range(1000)) if split_of(name) == "test")
     folder = Folder(Path(), "flat", [Entry("a", (), group=unlucky), Entry("b", (), split="val")])

@@ -160,7 +160,7 @@ def test_a_stopped_patient_goes_on_where_it_stopped(quick, patient, tmp_path, mo
         assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("what", ["target", "settings", "input", "damage"])
+@pytest.mark.parametrize("what", ["target", "settings", "input", "damage", "region"])
 def test_what_was_kept_counts_only_for_the_same_work(quick, patient, monkeypatch, tmp_path, what):
     with monkeypatch.context() as patch:
         stopping_after(patch, 2)
@@ -176,13 +176,16 @@ def test_what_was_kept_counts_only_for_the_same_work(quick, patient, monkeypatch
         path = patient / "P_001_t2.nii.gz"
         image = nib.load(path)
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + np.int16(1), image.affine), path)
-    else:
+    elif what == "damage":
         for file in part.iterdir():
             data = bytearray(file.read_bytes())
             data[-3] ^= 16
             file.write_bytes(data)
     target = "0.2" if what == "target" else "0.3"
-    quick(patient, "regress", target, settings=settings, started=lambda about: heard.append(about["done"]))
+    region = "ellipse:16,16,9,9" if what == "region" else None
+    quick(
+        patient, "regress", target, region=region, settings=settings, started=lambda about: heard.append(about["done"])
+    )
     assert heard == [0]
 
 

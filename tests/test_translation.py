@@ -107,6 +107,36 @@ def test_the_package_offers_it_though_a_module_has_its_name(images, models):
         assert done.record["task"] == "regress"
 
 
+def test_outside_a_region_every_pixel_stays(quick, images):
+    (done,) = quick(images / "slice.nii", "regress", "+", region="ellipse:16,14,7,5")
+    (free,) = quick(images / "slice.nii", "regress", "+")
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    inside = ((x - 16) / 7) ** 2 + ((y - 14) / 5) ** 2 <= 1
+    changed = (done.result.pixels != done.source.pixels).any(0)
+    assert not changed[~inside].any()
+    assert changed[inside].float().mean() > 0.3
+    assert (free.result.pixels != free.source.pixels).any(0)[~inside].any()
+    assert done.record["region"] == "ellipse:16,14,7,5"
+
+
+def test_a_region_may_be_a_file_and_differs_by_image(quick, images, tmp_path):
+    wanted = torch.from_numpy(np.asarray(nibabel.load(images / "mask.nii").dataobj) > 0)
+    done = quick([images / "slice.nii", images / "healthy.nii"], "regress", "+", region=str(images / "mask.nii"))
+    for one in done:
+        changed = (one.result.pixels != one.source.pixels).any(0)
+        assert changed.any()
+        assert int(changed.sum()) <= int(wanted.sum())
+    assert done[0].record["region"] == "mask.nii"
+
+
+@pytest.mark.parametrize(
+    ("region", "words"), [("ellipse:1,2", "--region ellipse:1,2: give"), ("here", "--region here")]
+)
+def test_regions_that_mean_nothing_are_refused(quick, images, no_network, region, words):
+    with pytest.raises(TargetError, match=words):
+        quick(images / "slice.nii", "regress", "+", region=region)
+
+
 def test_a_batch_gives_what_single_images_give(quick, images, tmp_path):
     for i in range(5):
         write_nifti(tmp_path / f"{i}.nii", phantom(i, size=32, seed=1).pixels)

@@ -1,3 +1,4 @@
+import struct
 from itertools import permutations
 from pathlib import Path
 
@@ -83,6 +84,24 @@ def test_a_slice_lies_where_the_volume_has_it(tmp_path, matrix):
     assert torch.equal(read(tmp_path / "slice.nii.gz").pixels, stack.slice(k).pixels)
     frames = [image.source.kind[0].frame for image in (read(tmp_path / "slice.nii.gz"), stack.slice(k))]
     assert np.abs(frames[0] - frames[1]).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "usable"),
+    [(76, 0.0, True), (80, -0.9, True), (256, 1.5, False)],
+    ids=["pixdim[0] is 0", "a size below 0", "a quaternion longer than 1"],
+)
+def test_a_loose_qform_beside_an_sform_does_no_harm(tmp_path, field, value, usable):
+    data = bytearray(save(tmp_path / "x.nii", voxels(), affine()).read_bytes())
+    data[field : field + 4] = struct.pack("<f", value)
+    (tmp_path / "x.nii").write_bytes(data)
+    stack = volume.open_volume(tmp_path / "x.nii")
+    write_image(stack.slice(4), tmp_path / "slice.nii")
+    volume.write(stack, tmp_path / "y.nii")
+    assert (tmp_path / "y.nii").read_bytes()[76:108] == bytes(data[76:108])  # pixdim, as it was
+    before, after = (nib.load(tmp_path / name).header for name in ("x.nii", "slice.nii"))
+    assert after["srow_z"][3] == pytest.approx(before["srow_z"][3] + 4 * 3.1)
+    assert after["qoffset_z"] == pytest.approx(before["qoffset_z"] + (4 * 3.1 if usable else 0))
 
 
 @pytest.mark.parametrize("matrix", UGLY, ids=range(len(UGLY)))

@@ -281,6 +281,10 @@ def translate(
     one_slice: Annotated[
         int | None, typer.Option("--slice", help="One axial slice of a volume, written as an image too.")
     ] = None,
+    region: Annotated[
+        str | None,
+        typer.Option("--region", help="Where images may change: a mask, ellipse:cx,cy,rx,ry; default: anywhere."),
+    ] = None,
     noise_level: Annotated[int, typer.Option("--noise-level", help="Level L to encode to.")] = DEFAULTS.noise_level,
     steps: Annotated[
         int | None,
@@ -333,6 +337,7 @@ def translate(
             models=models,
             dataset=dataset,
             settings=settings,
+            region=region,
             slices=slice_range(slices) if one_slice is None else (one_slice, one_slice + 1),
             device=device,
             started=say_how,
