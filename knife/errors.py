@@ -6,6 +6,7 @@
     ├── TaskError         a task plugin is unknown, broken or breaks its contract
     ├── ModelError        a checkpoint is missing, damaged or does not fit
     ├── SettingsError     an option has an impossible value, or differs from the run it resumes
+    ├── SamplingError     guidance blew an image up (6)
     ├── DeviceError       the device asked for is not there, or has too little memory
     └── OpsError          KNIFE_OPS=native, and the compiled ops cannot be had
 
@@ -37,6 +38,12 @@ class ModelError(KnifeError):
 
 class SettingsError(KnifeError):
     """An option has an impossible value, or differs from the run it resumes."""
+
+
+class SamplingError(KnifeError):
+    """Guidance blew an image up."""
+
+    exit_code = 6
 
 
 class DeviceError(KnifeError):

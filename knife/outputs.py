@@ -53,15 +53,15 @@ class Unit(NamedTuple):
     """One input that has results of its own: what is to be translated of it, and what becomes of that."""
 
     todo: list[Edit]
-    deliver: Callable[[Iterable[Translation]], list[Translation]]  # takes the translations of `todo`, in order
+    deliver: Callable[[Iterable[Translation | None]], list[Translation]]  # takes those of `todo`, in order; None failed
     done: int = 0  # images that an earlier call has translated
 
 
 def unit(edit: Edit, files: Files | None, dtype: str) -> Unit:
     """Return the unit of one image; without files nothing is written."""
 
-    def deliver(fresh: Iterable[Translation]) -> list[Translation]:
-        return [save(one, files, dtype) if files else one for one in fresh]
+    def deliver(fresh: Iterable[Translation | None]) -> list[Translation]:
+        return [save(one, files, dtype) if files else one for one in fresh if one]
 
     return Unit([edit], deliver)
 

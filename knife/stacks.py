@@ -21,7 +21,8 @@ from torch import Tensor
 from knife import checkpoint, volume
 from knife.errors import InputError, ModelError
 from knife.files import write_safely
-from knife.image import Image, is_image, sequence_of
+from knife.image import Image, is_image
+from knife.layouts import adopt_masks, cases_of
 from knife.outputs import Edit, Files, Translation, Unit, draw, refusing_disk, save
 from knife.volume import Volume
 
@@ -78,20 +79,16 @@ def open_stack(stack: Volume, wanted: Span | None) -> Stack:
 
 def outlined(stack: Volume) -> Tensor | None:
     """Return the mask that lies beside a volume of several files and on its grid, [D, H, W] bool, if there is one."""
-    folder = stack.source.paths[0].parent
-    beside = [file for file in folder.iterdir() if is_image(file) and is_mask(file)] if len(stack.files) > 1 else []
-    if len(beside) != 1:
+    first = stack.source.paths[0]
+    cases, _ = cases_of(first.parent, [file for file in first.parent.iterdir() if is_image(file)])
+    adopt_masks(cases)
+    mine = [files["seg"] for files in cases.values() if "seg" in files and (first.is_dir() or first in files.values())]
+    if len(mine) != 1 or len(stack.files) == 1:
         return None
     try:
-        return torch.stack([stack.mask(beside[0], k)[0] > 0 for k in range(stack.count)])
+        return torch.stack([stack.mask(mine[0], k)[0] > 0 for k in range(stack.count)])
     except InputError:
         return None
-
-
-def is_mask(file: Path) -> bool:
-    """Tell whether a file's name is that of a mask."""
-    told = sequence_of(file)
-    return told is not None and told.name == "seg"
 
 
 # ----------------------------------------------------------------------------------------------- what is done already
@@ -105,12 +102,12 @@ def unit(
     done = kept(stack, folder, key, edits, value_range)
     todo = {k: edit for k, edit in zip(stack.slices, edits, strict=True) if k not in done}
 
-    def deliver(fresh: Iterable[Translation]) -> list[Translation]:
+    def deliver(fresh: Iterable[Translation | None]) -> list[Translation]:
         for k, one in zip(todo, fresh, strict=True):
-            with refusing_disk(files):
+            if one:
                 keep(one, k, folder, key)
-            done[k] = one
-        return finish(stack, {k: done[k] for k in stack.slices}, files, dtype)
+                done[k] = one
+        return finish(stack, {k: done[k] for k in stack.slices if k in done}, files, dtype) if done else []
 
     return Unit(list(todo.values()), deliver, len(done))
 

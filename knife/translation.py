@@ -6,11 +6,12 @@ Everything is read and checked before the first network call, so that a refusal 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from knife import __version__, dicom, ops, outputs, stacks, tasks
 from knife.checkpoint import load
 from knife.ddim import Scale, Track, balanced, decode, decode_with_control, encode, keep_outside
 from knife.devices import enough_memory, resolve_device
-from knife.errors import InputError, KnifeError, SettingsError
+from knife.errors import DeviceError, InputError, KnifeError, SamplingError, SettingsError, TargetError
 from knife.image import NIFTI, Image, check_dtype, is_image, read, sequence_of
 from knife.layouts import sequences
 from knife.masks import read_target_mask, soft_edged
@@ -31,6 +32,8 @@ from knife.stacks import Stack, open_stack
 from knife.volume import axial_count, open_volume
 
 Place = str | Path
+T = TypeVar("T")
+Failed = Callable[[Path, KnifeError], None]  # hears of a file that could not be translated, and why
 Numbers = dict[str, list[float]]  # what a guide sees: a name, a number for each image
 LOOKS = 10  # times that the guide is asked along the way
 ABSURD = 1e6  # no pixel of a noisy image comes near this
@@ -86,6 +89,7 @@ def translate(
     device: str = "auto",
     started: Callable[[Mapping[str, Any]], None] = lambda about: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    failed: Failed | None = None,
 ) -> list[Translation]:
     """Translate images so that a task's prediction becomes the target.
 
@@ -105,6 +109,8 @@ def translate(
         started: called once before the first step with what each record begins with, the number of `images` to
             do, how many slices an earlier call has `done`, and the masks in folders that were `left_out`.
         progress: called with (steps done, steps in all) after every step of a batch.
+        failed: called with (file, why) for each input that cannot be read or is blown up by guidance, while the others
+            go on; None: the first such ends it all.
 
     Returns:
         One translation for each image or slice, in the order given; the images of a folder by name.
@@ -116,14 +122,15 @@ def translate(
     kind = tasks.task(task)
     where, why = resolve_device(device)
     found, left_out = expand(images)
-    sources = [opened(files, slices) for files in found]
+    sources = good([partial(opened, files, slices) for files in found], [files[0] for files in found], failed)
     samples = [source.images[0] if isinstance(source, Stack) else source for source in sources]
     pair = choose(task, samples, None if models is None else Path(models), dataset)
     check(settings, pair)
     spec = pair.diffusion.card.spec
     sources = [replace(source, crop=spec.crop) for source in sources]
-    edits = [[asked(kind, pair, target, region, image) for image in images_of(source)] for source in sources]
-    places = [source.source for source in sources]
+    ask = partial(asked, kind, pair, target, region)
+    wishes = good([partial(ask, source) for source in sources], [source.source.paths[0] for source in sources], failed)
+    places = [source.source for source, _ in wishes]
     plans = [None] * len(places) if out is None else destinations(places, task, target, Path(out), region)
     about = {
         "knife": __version__,
@@ -137,15 +144,17 @@ def translate(
         "device": f"{where}: {why}",
         "ops": ops.status(where.split(":")[0]).path,
     }
-    units = [unit_of(*parts, about, spec.value_range) for parts in zip(sources, edits, plans, strict=True)]
+    units = [unit_of(*parts, files, about, spec.value_range) for parts, files in zip(wishes, plans, strict=True)]
     todo = [edit for unit in units for edit in unit.todo]
     total = 2 * settings.steps * -(-len(todo) // settings.batch_size)
-    ticks = iter(range(1, total + 1))
+    ticks = count(1)
     with enough_memory(where, "the models do", "give --device cpu, or use smaller ones"):
         nets = load(pair.diffusion, where), load(pair.guide, where)
-    counts = {"images": len(todo), "done": sum(unit.done for unit in units)}
-    started({**about, **counts, "left_out": [mask.name for mask in left_out]})
-    results = run(Job(kind, pair, settings, where, *nets, about, lambda: progress(next(ticks), total)), todo)
+    numbers = {"images": len(todo), "done": sum(unit.done for unit in units)}
+    started({**about, **numbers, "left_out": [mask.name for mask in left_out]})
+    results = run(
+        Job(kind, pair, settings, where, *nets, about, lambda: progress(min(next(ticks), total), total)), todo, failed
+    )
     return [one for unit in units for one in unit.deliver(islice(results, len(unit.todo)))]
 
 
@@ -154,11 +163,40 @@ def images_of(source: Image | Stack) -> list[Image]:
     return source.images if isinstance(source, Stack) else [source]
 
 
-def asked(kind: tasks.Task, pair: Pair, target: str, region: str | None, image: Image) -> Edit:
-    """Return what is asked of an image: its target and region, read from the user's words."""
-    card = pair.guide.card
-    wanted = kind.target(target, image, card.spec, card.config)
-    return Edit(image, wanted, None if region is None else read_target_mask(region, image, "--region"))
+def asked(
+    kind: tasks.Task, pair: Pair, target: str, region: str | None, source: Image | Stack
+) -> tuple[Image | Stack, list[Edit]]:
+    """Return an input, and what is asked of its images: target and region, read from the user's words."""
+    card, edits = pair.guide.card, []
+    for image in images_of(source):
+        wanted = kind.target(target, image, card.spec, card.config)
+        edits.append(Edit(image, wanted, None if region is None else read_target_mask(region, image, "--region")))
+    return source, edits
+
+
+def good(works: Sequence[Callable[[], T]], files: Sequence[Path], failed: Failed | None) -> list[T]:
+    """Do several works, each on a file; with somebody to hear of what failed, the others go on.
+
+    Raises:
+        InputError, TargetError: if one fails and nobody hears of it, or if all fail.
+    """
+    done, errors = list[T](), list[KnifeError]()
+    for work, file in zip(works, files, strict=True):
+        try:
+            done.append(work())
+        except (InputError, TargetError) as error:
+            errors.append(error)
+            if failed is None:
+                raise
+            failed(file, error)
+    if not done:
+        raise errors[0]
+    return done
+
+
+def those_done(fresh: Iterable[Translation | None]) -> list[Translation]:
+    """Return what did not fail."""
+    return [one for one in fresh if one]
 
 
 def unit_of(
@@ -171,7 +209,7 @@ def unit_of(
     """Return what is to do of an input; of a stack that is not written, all."""
     if isinstance(source, Image):
         return outputs.unit(edits[0], files, about["settings"]["dtype"])
-    return Unit(edits, list) if files is None else stacks.unit(source, edits, files, about, value_range)
+    return Unit(edits, those_done) if files is None else stacks.unit(source, edits, files, about, value_range)
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs
@@ -250,7 +288,7 @@ def grouped(root: Path, paths: Sequence[Path]) -> tuple[list[tuple[Path, ...]], 
         masks = [path for path, sequence in told.items() if sequence is not None and sequence.name == "seg"]
         return [(path,) for path in files if path not in masks], masks
     if found.skipped:
-        raise InputError(f"{next(iter(found.skipped.values()))}; give it, or name the images one by one.")
+        raise InputError(f"{next(iter(found.skipped.values()))}; complete the case, or move that file away.")
     return [entry.files for entry in found.entries], []
 
 
@@ -290,21 +328,41 @@ def scale_of(settings: Settings, pair: Pair) -> float | Scale:
 # ------------------------------------------------------------------------------------------------------------ the work
 
 
-def run(job: Job, edits: Sequence[Edit]) -> Iterator[Translation]:
-    """Translate images batch by batch, in their order.
+def run(job: Job, edits: Sequence[Edit], failed: Failed | None) -> Iterator[Translation | None]:
+    """Translate images batch by batch, in their order; None stands for one that failed.
+
+    A batch that does not fit into memory is halved, for all that follows too.
 
     Raises:
-        DeviceError: if a batch does not fit into memory.
-        KnifeError: if guidance blows an image up.
+        DeviceError: if not even one image fits into memory.
+        SamplingError: if guidance blows an image up, and nobody hears of those that failed.
     """
-    size = job.settings.batch_size
-    for first in range(0, len(edits), size):
+    size, first = job.settings.batch_size, 0
+    while first < len(edits):
         batch = edits[first : first + size]
-        count = len(batch)
-        remedy = f"lower --batch-size to less than {count}" if count > 1 else "give --device cpu, or use smaller models"
-        with enough_memory(job.device, f"a batch of {count} does", remedy):
-            done = translate_batch(job, batch)
+        try:
+            with enough_memory(job.device, "one image does", "give --device cpu, or use smaller models"):
+                done = each_on_its_own(job, batch, failed)
+        except DeviceError:
+            if len(batch) == 1:
+                raise
+            size = len(batch) // 2
+            continue
+        first += len(batch)
         yield from done
+
+
+def each_on_its_own(job: Job, batch: Sequence[Edit], failed: Failed | None) -> list[Translation | None]:
+    """Translate a batch so that an image that is blown up takes no other with it."""
+    try:
+        return [*translate_batch(job, batch)]
+    except SamplingError as error:
+        if len(batch) > 1:
+            return [one for edit in batch for one in each_on_its_own(job, [edit], failed)]
+        if failed is None:
+            raise
+        failed(batch[0].image.source.paths[0], error)
+        return [None]
 
 
 def translate_batch(job: Job, edits: Sequence[Edit]) -> list[Translation]:
@@ -388,14 +446,14 @@ def look(job: Job, level: int, x: Tensor, wanted: Tensor) -> Numbers:
 
 
 def check_sane(job: Job, images: Sequence[Image], level: int, x: Tensor) -> None:
-    """Raise KnifeError, naming the images, if guidance has blown some of them up."""
+    """Raise SamplingError, naming the images, if guidance has blown some of them up."""
     fine = (x.abs() < ABSURD).flatten(1).all(1).tolist()  # which NaN is not either
     if not all(fine):
         names = ", ".join(i.source.paths[0].name for i, ok in zip(images, fine, strict=True) if not ok)
         found = f"values beyond {ABSURD:g} at level {level}"
         scale, strength = job.settings.scale, job.settings.strength
         given = f"--strength than {strength:g}" if scale is None else f"--scale than {scale:g}"
-        raise KnifeError(f"{names}: {found}; give a smaller {given}.")
+        raise SamplingError(f"{names}: {found}; give a smaller {given}.")
 
 
 def image_record(pair: Pair, image: Image) -> dict[str, Any]:

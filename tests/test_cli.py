@@ -477,6 +477,19 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_writes_nothing(
     assert everything(tmp_path) == before
 
 
+def test_one_bad_image_in_a_folder_does_not_stop_the_others(run, images, shipped, tmp_path):
+    shutil.copytree(images, tmp_path / "in")
+    (tmp_path / "in" / "torn.nii").write_bytes((images / "slice.nii").read_bytes()[:999])
+    for name in ("face.png", "mask.nii"):
+        (tmp_path / "in" / name).unlink()
+    done = run("translate", "in", "--task", "regress", "--target", "0.3", *FEW)
+    assert done.code == 3
+    assert "1 failed:" in done.err
+    assert re.search("in/torn.nii: .*copy it anew", done.err)
+    assert len(done.out.splitlines()) == 3
+    assert all(Path(line).exists() for line in done.out.splitlines())
+
+
 def test_without_any_models_the_next_step_is_said(run, images, monkeypatch, tmp_path):
     monkeypatch.setattr(pairs, "STARTER", tmp_path / "nowhere")
     done = run("translate", images / "slice.nii", "--task", "regress", "--target", "0.3")
@@ -662,6 +675,19 @@ def test_a_signal_saves_and_the_same_command_resumes(tmp_path, data):
     assert (process.returncode, out) == (2, "")
     assert "lr: 0.0001 then, 1.0 now" in err
     assert "Traceback" not in err
+
+
+def test_a_plugin_cannot_keep_a_signal_to_itself(run, monkeypatch):
+    handlers = {}
+
+    def app():
+        with pytest.raises(KeyboardInterrupt):  # and no SystemExit, which would count as the hook's own
+            handlers[signal.SIGTERM](signal.SIGTERM, None)
+        sys.exit(130)  # as typer does
+
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(cli, "app", app)
+    assert run("translate").code == 143
 
 
 def test_a_training_that_ends_prints_its_model(run, data, monkeypatch):

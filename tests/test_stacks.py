@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +248,21 @@ def test_results_never_overwrite_the_patient(quick, patient):
     named_so = patient.rename(patient.with_name("P_001_regress_0.3"))
     with pytest.raises(InputError, match="never overwritten"):
         quick(named_so, "regress", "0.3", out=named_so.parent, slices=(4, 5))
+
+
+def test_the_mask_of_another_patient_in_the_folder_counts_as_none(quick, patient):
+    for name in NAMES:
+        shutil.copy(patient / f"P_001_{name}.nii.gz", patient / f"P_002_{name}.nii.gz")
+    done = quick(patient, "regress", "0.3", slices=(4, 5))
+    inside = {one.record["input"][0]: one.record["changed_inside"] for one in done}
+    assert inside["P_001_t1.nii.gz"] is not None
+    assert inside["P_002_t1.nii.gz"] is None
+
+
+def test_a_file_that_belongs_to_no_case_is_refused(quick, patient):
+    shutil.copy(patient / "P_001_seg.nii.gz", patient / "skull.nii.gz")
+    with pytest.raises(InputError, match="skull.nii.gz: its name tells no sequence; complete the case, or move"):
+        quick(patient, "regress", "0.3", slices=(4, 5))
 
 
 def test_a_mask_on_another_grid_counts_as_none(quick, patient, tmp_path):

@@ -17,7 +17,16 @@ import knife
 from knife import ops, outputs, pairs
 from knife import translation as module
 from knife.checkpoint import describe, digest, load, read_tensors, save
-from knife.errors import DeviceError, InputError, KnifeError, ModelError, SettingsError, TargetError, TaskError
+from knife.errors import (
+    DeviceError,
+    InputError,
+    KnifeError,
+    ModelError,
+    SamplingError,
+    SettingsError,
+    TargetError,
+    TaskError,
+)
 from knife.image import MARK, read
 from knife.outputs import target_word
 from knife.phantom import phantom, write_nifti
@@ -670,22 +679,75 @@ def test_an_output_folder_that_is_a_file(quick, images, tmp_path, no_network):
 
 @pytest.mark.parametrize("scale", [1e12, 1e38, 1e300])
 def test_an_image_that_blows_up_is_named_and_nothing_of_it_written(quick, images, tmp_path, scale):
-    with pytest.raises(KnifeError, match=r"slice\.nii: values beyond 1e\+06 at level 8; give a smaller --scale than"):
+    with pytest.raises(
+        SamplingError, match=r"slice\.nii: values beyond 1e\+06 at level 8; give a smaller --scale than"
+    ):
         quick(images / "slice.nii", "regress", "+", out=tmp_path / "out", settings=replace(FEW, scale=scale))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "trouble", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
-)
-@pytest.mark.parametrize(("count", "words"), [(3, "lower --batch-size to less than 3"), (1, "give --device cpu")])
-def test_running_out_of_memory_says_how_to_need_less(quick, images, monkeypatch, trouble, count, words):
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
+
+
+@pytest.mark.parametrize("trouble", OUT_OF_MEMORY, ids=["cuda", "cpu"])
+def test_one_image_that_does_not_fit_into_memory_is_refused(quick, images, monkeypatch, trouble):
     def decode(*arguments):
         raise trouble
 
     monkeypatch.setattr(module, "decode_with_control", decode)
-    with pytest.raises(DeviceError, match=f"cpu: a batch of {count} does not fit into memory; {words}"):
-        quick([images / "slice.nii"] * count, "regress", "0.3")
+    with pytest.raises(DeviceError, match="cpu: one image does not fit into memory; give --device cpu"):
+        quick([images / "slice.nii"] * 3, "regress", "0.3")
+
+
+@pytest.mark.parametrize("trouble", OUT_OF_MEMORY, ids=["cuda", "cpu"])
+def test_a_batch_that_does_not_fit_into_memory_is_halved(quick, images, monkeypatch, trouble):
+    tried, real = [], module.decode_with_control
+
+    def decode(net, x, *arguments):
+        tried.append(len(x))
+        if len(x) > 2:
+            raise trouble
+        return real(net, x, *arguments)
+
+    whole = quick([images / "slice.nii", images / "healthy.nii"] * 3, "regress", "0.3")
+    monkeypatch.setattr(module, "decode_with_control", decode)
+    halved = quick([images / "slice.nii", images / "healthy.nii"] * 3, "regress", "0.3")
+    assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
+    for one, other in zip(whole, halved, strict=True):
+        assert one.source.source.paths == other.source.source.paths
+        torch.testing.assert_close(one.change, other.change, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_that_fails_takes_no_other_with_it(quick, images, tmp_path, monkeypatch):
+    """One cannot be read, one is blown up in the middle of its batch; the rest is as without them."""
+    (tmp_path / "torn.nii").write_bytes((images / "slice.nii").read_bytes()[:999])
+    good, bad = images / "slice.nii", images / "healthy.nii"
+    alone = quick([good, good], "regress", "0.3")
+    real, heard = module.check_sane, []
+
+    def check(job, batch, level, x):
+        if level == 4 and any(image.source.paths[0] == bad for image in batch):
+            raise SamplingError("healthy.nii: values beyond")
+        real(job, batch, level, x)
+
+    monkeypatch.setattr(module, "check_sane", check)
+    done = quick(
+        [good, tmp_path / "torn.nii", bad, good], "regress", "0.3", out=tmp_path / "out",
+        failed=lambda file, error: heard.append((file.name, type(error))),
+    )  # fmt: skip
+    assert heard == [("torn.nii", InputError), ("healthy.nii", SamplingError)]
+    assert [one.record["input"] for one in done] == [["slice.nii"]] * 2
+    assert [one.files.image.name for one in done] == ["slice_regress_0.3.nii", "slice_regress_0.3_2.nii"]
+    for one, other in zip(done, alone, strict=True):
+        torch.testing.assert_close(one.change, other.change, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SamplingError):
+        quick([good, bad], "regress", "0.3")
+
+
+def test_if_every_image_fails_it_is_refused(quick, images, tmp_path):
+    (tmp_path / "torn.nii").write_bytes((images / "slice.nii").read_bytes()[:999])
+    with pytest.raises(InputError, match=r"torn\.nii"):
+        quick([tmp_path / "torn.nii"] * 2, "regress", "0.3", failed=lambda file, error: None)
 
 
 def test_other_errors_stay_what_they_are(quick, images, monkeypatch):

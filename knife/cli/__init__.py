@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from knife.train import Budget
 
 KNOWN = 0.03  # mean error of the unguided round trip, of the range, above which a model hardly knows an image
+SOME_FAILED = 3  # the exit code of a batch of which a part was done
 SHOWN_SKIPPED = 5  # skipped images that are named
 
 app = typer.Typer(
@@ -49,9 +50,19 @@ def main() -> None:
     """Run the command line; every refusal is one sentence and an exit code, a traceback only with --debug."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes what is half written
+    ended: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ended.append(number)
+        raise KeyboardInterrupt  # removes what is half written; a plugin's hook passes it on, unlike SystemExit
+
+    signal.signal(signal.SIGTERM, end)
     try:
         app()
+    except SystemExit:
+        if ended:
+            sys.exit(128 + ended[0])
+        raise
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -328,6 +339,7 @@ def translate(
         clamp=clamp,
         dtype=dtype,
     )
+    failures: list[KnifeError] = []
     with progress() as show:
         done = run_translation(
             images,
@@ -342,27 +354,40 @@ def translate(
             device=device,
             started=say_how,
             progress=lambda done, total: show("translating", done, total),
+            failed=lambda file, error: failures.append(error),
         )
+    if failures and not done:
+        raise failures[0]
     if page:
         from knife.report import write_report
 
         write_report(done, out / "report.html")
     if as_json:
         give_json([{**t.record, "folder": str(out)} for t in done])
-        return
-    show_table([row(t.record) for t in done], words)
-    doubtful = [t.record for t in done if t.record.get("reconstruction", 0) > KNOWN]
+    else:
+        show_table([row(t.record) for t in done], words)
+        say_doubts([t.record for t in done])
+        for file in dict.fromkeys(t.files.image for t in done if t.files):
+            give(file)
+        if page:
+            give(out / "report.html")
+    if failures:
+        say(f"{len(failures)} failed:")
+        for error in failures:
+            say(f"  {error}")
+        raise typer.Exit(SOME_FAILED)
+
+
+def say_doubts(records: Sequence[Mapping[str, Any]]) -> None:
+    """Say if the model hardly knows such images: unguided, it does not give them back."""
+    doubtful = [record for record in records if record.get("reconstruction", 0) > KNOWN]
     if doubtful:
         worst = max(doubtful, key=lambda record: record["reconstruction"])
         say(
             f"Take care: unguided, the model gives back {worst['input'][0]} with a mean error of "
-            f"{worst['reconstruction']:.1%} of the range ({len(doubtful)} of {len(done)} images above {KNOWN:.0%}); "
+            f"{worst['reconstruction']:.1%} of the range ({len(doubtful)} of {len(records)} images above {KNOWN:.0%}); "
             "it may not know such images."
         )
-    for file in dict.fromkeys(translation.files.image for translation in done if translation.files):
-        give(file)
-    if page:
-        give(out / "report.html")
 
 
 def say_how(about: Mapping[str, Any]) -> None:
@@ -385,7 +410,9 @@ def row(record: Mapping[str, Any]) -> dict[str, object]:
     seen = {f"{name} {when}": record[when][name] for name in record["after"] for when in ("before", "after")}
     first, *others = record["input"]
     shown = f"{first} and {len(others)} more" if others else first
-    of_slice = {name: record[name] for name in ("slice", "changed_inside", "changed_outside") if name in record}
+    parts = {name: record[name] for name in ("changed_inside", "changed_outside") if name in record}
+    of_slice = {name: record[name] for name in ("slice",) if name in record}
+    of_slice |= {name: "" if share is None else share for name, share in parts.items()}  # None: no such part there
     return {"input": shown, "target": record["target"], **seen, **of_slice, "seconds": record["seconds"]}
 
 
