@@ -12,7 +12,7 @@ from knife import hookspecs
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    7: ("demo", "contract", "scaffold"),
+    7: ("sweep", "demo", "contract", "scaffold"),
     6: ("train", "translation", "doctor"),
     5: ("stacks", "report"),
     4: ("prepared", "survey", "pairs", "outputs", "interop", "diffusers"),

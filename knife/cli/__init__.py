@@ -417,6 +417,50 @@ def row(record: Mapping[str, Any]) -> dict[str, object]:
 
 
 @app.command()
+def sweep(
+    image: Annotated[Path, typer.Argument(help="An image, or a folder with a file a sequence.")],
+    task: Annotated[str, typer.Option("--task", help="The task that guides.")],
+    targets: Annotated[str, typer.Option("--targets", help="Targets, a column each: 0.02,0.05,0.1.")],
+    noise_levels: Annotated[
+        str, typer.Option("--noise-levels", help="Levels to encode to, a row each: 200,400.")
+    ] = str(DEFAULTS.noise_level),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the sheet.")] = Path("translated"),
+    models: Models = Path("models"),
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Which models, where several fit.")] = None,
+    one_slice: Annotated[int | None, typer.Option("--slice", help="Axial slice of a volume.")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps to encode, and to decode.")] = DEFAULTS.steps,
+    strength: Annotated[float, typer.Option("--strength", help="Size of the guidance.")] = DEFAULTS.strength,
+    device: Device = "auto",
+) -> None:
+    """Translate one image towards several targets, from several noise levels, onto one sheet."""
+    from knife.sweep import sweep as run_sweep
+
+    try:
+        levels = [int(level) for level in noise_levels.split(",")]
+    except ValueError:
+        raise SettingsError(f"--noise-levels {noise_levels}: give whole numbers, such as 200,400.") from None
+    with progress() as show:
+        rows, sheet = run_sweep(
+            image,
+            task,
+            [target for target in targets.split(",") if target],
+            levels,
+            out=out,
+            settings=Settings(steps=steps, strength=strength),
+            progress=lambda done, total: show("sweeping", done, total),
+            models=models,
+            dataset=dataset,
+            slices=None if one_slice is None else (one_slice, one_slice + 1),
+            device=device,
+        )
+    show_table(
+        [{"noise level": one.record["settings"]["noise_level"], **row(one.record)} for line in rows for one in line],
+        words,
+    )
+    give(sheet)
+
+
+@app.command()
 def demo(
     folder: Annotated[
         Path, typer.Option("--folder", help="Where slice.nii, healthy.nii, mask.nii, demo/ go.")
