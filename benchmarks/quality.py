@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from knife.checkpoint import STARTER, load, stored_models
-from knife.ddim import decode, decode_with_control, encode
+from knife.ddim import Scale, decode, decode_with_control, encode
 from knife.devices import resolve_device
 from knife.pairs import Pair
 from knife.phantom import Phantom, phantom
 from knife.schedule import path
 from knife.settings import Settings
 from knife.tasks import task
-from knife.translation import scale_of
+from knife.translation import scale_of, steepness_of
 from knife.unet import Architecture, UNet
 
 HELD_OUT, JUDGE_DATA = 20_220_402, 77  # seeds of phantoms that no shipped model was trained on (theirs: 1)
@@ -122,7 +122,7 @@ class Bench:
         everything = self.healthy + self.diseased
         self.x, self.mask = pixels(everything).to(self.device), masks(everything).to(self.device)
         self.brain = torch.stack([torch.from_numpy(p.brain) for p in everything])[:, None].float().to(self.device)
-        self.half, self.batch = half, options.batch_size
+        self.half, self.batch, self.unbalanced = half, options.batch_size, options.unbalanced
         self.noisy = torch.cat([encode(self.net, x, self.card.schedule, self.levels) for x in self.x.split(self.batch)])
 
     def decode(self, rows: slice, name: str | None = None, targets: Tensor | None = None) -> Tensor:
@@ -134,7 +134,7 @@ class Bench:
                 stored = self.stored[name]
                 wanted = targets[i * self.batch : i * self.batch + len(noisy)].to(self.device)
                 score = task(name).score(load(stored, self.device), wanted)
-                scale = scale_of(self.settings, Pair(self.stored["diffusion"], stored))
+                scale = self.scale(Pair(self.stored["diffusion"], stored))
             clamp = self.card.spec.value_range if self.settings.clamp else None
             walk = (self.net, noisy, self.card.schedule, self.levels)
             if score is None or not self.settings.control:
@@ -143,6 +143,12 @@ class Bench:
                 y, control = decode_with_control(*walk, score, scale or 0.0, clamp)
                 results.append(self.x[rows].split(self.batch)[i] + y - control)
         return torch.cat(results)
+
+    def scale(self, pair: Pair) -> float | Scale:
+        """Return what multiplies a guide's gradient."""
+        if self.unbalanced:
+            return self.settings.strength / steepness_of(pair)
+        return scale_of(self.settings, pair)
 
     def change(self, rows: slice, y: Tensor, wanted: Tensor | None = None) -> float:
         """Return the mean change outside tumours old, new and wanted."""
@@ -227,6 +233,7 @@ def main() -> None:
     parser.add_argument("--noise-level", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--strength", type=float)
+    parser.add_argument("--unbalanced", action="store_true", help="one scale for every image and step, as in the paper")
     parser.add_argument("--clamp", action="store_true", help="keep the predicted clean image within the value range")
     parser.add_argument("--control", action=argparse.BooleanOptionalAction, help="add only what guidance changed")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -239,6 +246,7 @@ def main() -> None:
         print(f"{name:<55} {value:8.4f}  {verdict(name, value)}")
     about = {
         "settings": vars(bench.settings),
+        "unbalanced": options.unbalanced,
         "count": options.count,
         "seconds": round(time.perf_counter() - began),
         "device": torch.cuda.get_device_name() if bench.device != "cpu" else platform.processor() or platform.machine(),
