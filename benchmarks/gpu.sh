@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh ops       build the CUDA kernel, test it, look for memory errors and races, measure GB/s
 #     bash benchmarks/gpu.sh train     make phantoms and train the four small models on them
-#     bash benchmarks/gpu.sh measure   quality figures, and seconds per image
+#     bash benchmarks/gpu.sh measure   quality figures, seconds per image, images a second of the loader
 #
 # Each takes less than ten minutes on one H100. Results go to $OUT (default: out/). Packages that python3 lacks can lie as
 # wheels in .whl/; knife and they are installed into $KNIFE_SITE (default: /tmp/knife-site).
@@ -67,7 +67,9 @@ gpu_measure() {
     say "quality"
     timeout 400 python3 benchmarks/quality.py --device cuda --models "$models" | tee "$out/quality.txt"
     say "seconds per image"
-    timeout 180 python3 benchmarks/translate.py --device cuda --models "$models" | tee "$out/translate.txt"
+    timeout 100 python3 benchmarks/translate.py --device cuda --models "$models" | tee "$out/translate.txt"
+    say "images a second: read, and consumed"
+    timeout 90 python3 benchmarks/loader.py --device cuda | tee "$out/loader.txt"
 }
 
 case "${1:-}" in
