@@ -108,7 +108,7 @@ def intensities(raw: Array, header: Header, path: Path) -> tuple[Array, np.dtype
     bad = pixels.size - int(np.isfinite(pixels).sum())
     if bad:
         raise InputError(f"{shown(path)}: {bad} voxels are NaN, infinite or beyond float32; fill them first.")
-    exact = raw.dtype.kind in "iu" and not scaled and float(np.abs(pixels).max()) < 2**24  # to which 2^24 + 1 is rounded
+    exact = raw.dtype.kind in "iu" and not scaled and float(np.abs(pixels).max()) < 2**24
     return pixels, raw.dtype.newbyteorder("=") if exact else np.dtype(np.float32)
 
 

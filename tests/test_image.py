@@ -181,6 +181,14 @@ def test_dtypes(tmp_path: Path) -> None:
     assert not (tmp_path / "o.nii").exists()
 
 
+def test_integers_beyond_float32_are_not_taken_for_exact(tmp_path: Path) -> None:
+    values = np.arange(12, dtype=np.int32).reshape(3, 4, 1)
+    values[0, 0, 0] = 2**24 + 1
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "i.nii")
+    write(read(tmp_path / "i.nii"), tmp_path / "o.nii")
+    assert nib.load(tmp_path / "o.nii").get_data_dtype() == np.float32
+
+
 def test_the_output_tells_nothing_of_the_patient(tmp_path: Path) -> None:
     canary = b"Jane Doe 1970"
     image = nib.Nifti1Image(slice_of().astype("int16"), UGLY)

@@ -261,7 +261,7 @@ def test_the_mask_of_another_patient_in_the_folder_counts_as_none(quick, patient
 
 def test_a_file_that_belongs_to_no_case_is_refused(quick, patient):
     shutil.copy(patient / "P_001_seg.nii.gz", patient / "skull.nii.gz")
-    with pytest.raises(InputError, match="skull.nii.gz: its name tells no sequence; complete the case, or move"):
+    with pytest.raises(InputError, match=r"skull.nii.gz: its name tells no sequence; complete the case, or move"):
         quick(patient, "regress", "0.3", slices=(4, 5))
 
 
