@@ -1,6 +1,7 @@
 """Masks as targets: a file on the image's grid, a NIfTI file elsewhere in its world, or a shape given by numbers."""
 
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -134,7 +135,14 @@ def normal(one: Array, two: Array) -> Array:
 
 
 def labels_of(path: Path) -> tuple[Array, Array]:
-    """Read a mask file, a slice or a volume: labels [X, Y, Z] and the affine [4, 4]."""
+    """Read a mask file, a slice or a volume: labels [X, Y, Z] and the affine [4, 4]; the last ones are kept."""
+    with refusing(path, "a mask"):
+        status = path.stat()
+    return _labels_of(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4)
+def _labels_of(path: Path, mtime: int, size: int) -> tuple[Array, Array]:
     with refusing(path, "a NIfTI file"), regular(path) as file:
         stream, head, header = nifti.begin(file, path)
         shape, dtype, offset = nifti.checked_header(header, path)

@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from knife.layouts import Entry
 
 FORMAT = 1  # to be raised when knife decodes anything differently
 AT_ONCE = 256  # images that are decoded before they are written
+STALE = 24 * 3600  # seconds after which a set that is still being built has no builder
 HEADROOM = 1.05  # free disk that is asked for, against what the images take
 
 Load = Callable[[Sequence[Entry]], Loaded]
@@ -55,6 +57,7 @@ def prepared(folder: Path, entries: Sequence[Entry], form: Form, load: Load, pro
     """
     if not (folder / "index.json").exists():
         building = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+        remove_stale(folder)
         try:
             refuse_full_disk(folder, len(entries) * (len(form.channels) + 1) * form.size[0] * form.size[1] * 4)
             building.mkdir(parents=True)
@@ -87,6 +90,13 @@ def build(folder: Path, entries: Sequence[Entry], form: Form, load: Load, progre
             file.flush()
             os.fsync(file.fileno())
     write_safely(folder / "index.json", json.dumps({"cases": told, "skipped": skipped}).encode())
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what writers of this set left behind that were killed long ago."""
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        if time.time() - left.stat().st_mtime > STALE:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def publish(building: Path, folder: Path) -> None:

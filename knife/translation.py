@@ -21,8 +21,8 @@ from knife.checkpoint import load
 from knife.ddim import Scale, Track, balanced, decode, decode_with_control, encode, keep_outside
 from knife.devices import enough_memory, resolve_device
 from knife.errors import DeviceError, InputError, KnifeError, SamplingError, SettingsError, TargetError
-from knife.image import NIFTI, Image, check_dtype, is_image, read, sequence_of
-from knife.layouts import sequences
+from knife.image import NIFTI, SEQUENCES, Image, check_dtype, is_image, read, sequence_of
+from knife.layouts import cases_of, sequences
 from knife.masks import read_target_mask, soft_edged
 from knife.outputs import Edit, Files, Translation, Unit, destinations, without_folder
 from knife.pairs import Pair, choose, model_record, unnamed
@@ -166,12 +166,27 @@ def images_of(source: Image | Stack) -> list[Image]:
 def asked(
     kind: tasks.Task, pair: Pair, target: str, region: str | None, source: Image | Stack
 ) -> tuple[Image | Stack, list[Edit]]:
-    """Return an input, and what is asked of its images: target and region, read from the user's words."""
-    card, edits = pair.guide.card, []
-    for image in images_of(source):
+    """Return an input, and what is asked of its images: target and region, read from the user's words.
+
+    Slices of a volume that these say nothing of, as one that a mask does not reach, are left as they are.
+    """
+    card = pair.guide.card
+
+    def ask(image: Image) -> Edit:
         wanted = kind.target(target, image, card.spec, card.config)
-        edits.append(Edit(image, wanted, None if region is None else read_target_mask(region, image, "--region")))
-    return source, edits
+        return Edit(image, wanted, None if region is None else read_target_mask(region, image, "--region"))
+
+    if isinstance(source, Image):
+        return source, [ask(source)]
+    told, errors = dict[int, Edit](), list[KnifeError]()
+    for k, image in zip(source.slices, source.images, strict=True):
+        try:
+            told[k] = ask(image)
+        except (InputError, TargetError) as error:
+            errors.append(error)
+    if not told:
+        raise errors[0]
+    return replace(source, slices=tuple(told)), [*told.values()]
 
 
 def good(works: Sequence[Callable[[], T]], files: Sequence[Path], failed: Failed | None) -> list[T]:
@@ -218,18 +233,21 @@ def unit_of(
 def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], list[Path]]:
     """Return the files of each image that files and folders stand for, and the masks that were left out.
 
-    A folder stands for the images in it, but masks (by their names), and for those of its subfolders that hold one file
-    for each MR sequence; a folder of DICOM files, or of such folders named by MR sequences, for one volume.
+    3-D files of one case, a sequence each, stand for one volume. A folder stands for the images in it, but masks (by
+    their names), and for those of its subfolders that hold one file for each MR sequence; a folder of DICOM files, or
+    of such folders named by MR sequences, for one volume.
 
     Raises:
         InputError: if there are none, a folder cannot be listed, or a case in it is incomplete.
     """
-    places = [images] if isinstance(images, str | Path) else images
+    places = [Path(place) for place in ([images] if isinstance(images, str | Path) else images)]
     found: list[tuple[Path, ...]] = []
     left_out: list[Path] = []
-    for place in map(Path, places):
+    joined = volumes_among(places)
+    for place in places:
         if not os.path.isdir(place):
-            found.append((place,))
+            if joined.get(place, (place,)) not in found:
+                found.append(joined.get(place, (place,)))
             continue
         inside = listed(place)
         if series := dicom.case_of(place):
@@ -247,6 +265,22 @@ def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], lis
     return found, left_out
 
 
+def volumes_among(places: Sequence[Path]) -> dict[Path, tuple[Path, ...]]:
+    """Return the 3-D files that belong together, a sequence each of otherwise one name: file -> all of its case."""
+    files = [place for place in places if not os.path.isdir(place) and sequence_of(place) and is_volume_file(place)]
+    cases, _ = cases_of(Path(), files)
+    together = [tuple(case[name] for name in SEQUENCES if name in case) for case in cases.values()]
+    return {file: case for case in together if len(case) > 1 for file in case}
+
+
+def is_volume_file(file: Path) -> bool:
+    """Tell whether a file is a NIfTI volume; what cannot be read is refused when it is read."""
+    try:
+        return file.name.lower().endswith(NIFTI) and axial_count(file) is not None
+    except InputError:
+        return False
+
+
 def opened(files: Sequence[Path], slices: stacks.Span | None) -> Image | Stack:
     """Read an image, or a volume, of which some slices will be translated.
 
@@ -255,8 +289,7 @@ def opened(files: Sequence[Path], slices: stacks.Span | None) -> Image | Stack:
     """
     if files[0].is_dir():
         return open_stack(dicom.open_case(files), slices)
-    is_volume = files[0].name.lower().endswith(NIFTI) and axial_count(files[0]) is not None
-    if is_volume:
+    if is_volume_file(files[0]):
         return open_stack(open_volume(files), slices)
     if slices is not None:
         raise InputError(f"--slices: {files[0]} is a single slice and no volume; leave the option out.")

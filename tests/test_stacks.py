@@ -270,3 +270,26 @@ def test_a_mask_on_another_grid_counts_as_none(quick, patient, tmp_path):
     (one, _) = quick(patient, "regress", "0.3", slices=(4, 6))
     assert one.record["changed_inside"] is None
     assert one.record["changed_outside"] > 0
+
+
+def test_four_files_of_one_case_are_one_volume(quick, patient, tmp_path):
+    files = [patient / f"P_001_{name}.nii.gz" for name in ("flair", "t1", "t2", "t1ce")]
+    done = quick(files, "regress", "0.3", slices=(4, 6))
+    assert [one.record["slice"] for one in done] == [4, 5]
+    assert done[0].record["input"] == [f"P_001_{name}.nii.gz" for name in NAMES]
+    assert (tmp_path / "out" / "P_001_regress_0.3" / "P_001_t1ce.nii.gz").exists()
+
+
+def test_slices_that_a_wanted_mask_does_not_reach_are_left_as_they_are(quick, patient, tmp_path):
+    """A slab of finer slices, on a grid of its own, over two of the volume's."""
+    image = nib.load(patient / "P_001_t1.nii.gz")
+    slab = np.zeros((32, 32, 16), np.uint8)
+    slab[10:20, 10:20] = 1
+    matrix = image.affine.copy()
+    matrix[:3, 3] += 5 * matrix[:3, 2] - matrix[:3, 2] / 2
+    matrix[:3, 2] /= 8
+    nib.save(nib.Nifti1Image(slab, matrix), tmp_path / "slab.nii.gz")
+    done = quick(patient, "segment", str(tmp_path / "slab.nii.gz"), slices=(3, 9))
+    assert [one.record["slice"] for one in done] == [5, 6]
+    with pytest.raises(InputError):
+        quick(patient, "segment", str(tmp_path / "slab.nii.gz"), slices=(8, 9))

@@ -200,7 +200,9 @@ def slice_range(text: str | None) -> tuple[int, int] | None:
     try:
         first, end = map(int, text.split(":"))
     except ValueError:
-        raise SettingsError(f"--slices {text}: give the first slice and the last + 1, such as 80:129.") from None
+        first, end = 0, 0
+    if not 0 <= first < end:
+        raise SettingsError(f"--slices {text}: give the first slice and the last + 1, such as 80:129.")
     return first, end
 
 
@@ -409,11 +411,12 @@ def row(record: Mapping[str, Any]) -> dict[str, object]:
     """Return what the table says of one translation."""
     seen = {f"{name} {when}": record[when][name] for name in record["after"] for when in ("before", "after")}
     first, *others = record["input"]
+    if "slice" in record:
+        changed = {name: record[name] for name in ("changed_inside", "changed_outside")}
+        parts = {name: "" if share is None else share for name, share in changed.items()}  # None: no such part there
+        return {"input": f"{first}, slice {record['slice']}", **seen, **parts, "seconds": record["seconds"]}
     shown = f"{first} and {len(others)} more" if others else first
-    parts = {name: record[name] for name in ("changed_inside", "changed_outside") if name in record}
-    of_slice = {name: record[name] for name in ("slice",) if name in record}
-    of_slice |= {name: "" if share is None else share for name, share in parts.items()}  # None: no such part there
-    return {"input": shown, "target": record["target"], **seen, **of_slice, "seconds": record["seconds"]}
+    return {"input": shown, "target": record["target"], **seen, "seconds": record["seconds"]}
 
 
 @app.command()
