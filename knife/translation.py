@@ -246,7 +246,7 @@ def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], lis
     joined = volumes_among(places)
     for place in places:
         if not os.path.isdir(place):
-            if joined.get(place, (place,)) not in found:
+            if place not in joined or joined[place] not in found:
                 found.append(joined.get(place, (place,)))
             continue
         inside = listed(place)
