@@ -490,6 +490,16 @@ def test_one_bad_image_in_a_folder_does_not_stop_the_others(run, images, shipped
     assert all(Path(line).exists() for line in done.out.splitlines())
 
 
+def test_ctrl_c_says_what_is_kept(run, images, shipped, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("knife.translation.run", stop)
+    done = run("translate", images / "slice.nii", "--task", "regress", "--target", "0.3", *FEW)
+    assert done.code == 130
+    assert "knife: stopped. What was written stays; the same command goes on" in done.err
+
+
 def test_without_any_models_the_next_step_is_said(run, images, monkeypatch, tmp_path):
     monkeypatch.setattr(pairs, "STARTER", tmp_path / "nowhere")
     done = run("translate", images / "slice.nii", "--task", "regress", "--target", "0.3")

@@ -342,7 +342,7 @@ def translate(
         dtype=dtype,
     )
     failures: list[KnifeError] = []
-    with progress() as show:
+    with saying_stopped(), progress() as show:
         done = run_translation(
             images,
             task,
@@ -378,6 +378,16 @@ def translate(
         for error in failures:
             say(f"  {error}")
         raise typer.Exit(SOME_FAILED)
+
+
+@contextmanager
+def saying_stopped() -> Iterator[None]:
+    """Say what is kept of a translation that Ctrl-C ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("knife: stopped. What was written stays; the same command goes on with the slices of a volume.")
+        raise
 
 
 def say_doubts(records: Sequence[Mapping[str, Any]]) -> None:
