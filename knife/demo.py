@@ -23,7 +23,7 @@ SHOWN = ("flair", "t1ce")
 TITLE = "knife: one diffusion model, three tasks"
 
 
-class Edit(NamedTuple):
+class Scene(NamedTuple):
     """One translation of the demonstration."""
 
     word: str  # what happens to the tumour
@@ -32,11 +32,11 @@ class Edit(NamedTuple):
     target: str
 
 
-EDITS = (
-    Edit("grown", "slice.nii", "regress", "0.3"),
-    Edit("shrunk", "slice.nii", "regress", "0.02"),
-    Edit("removed", "slice.nii", "classify", "healthy"),
-    Edit("inserted", "healthy.nii", "segment", "mask.nii"),
+SCENES = (
+    Scene("grown", "slice.nii", "regress", "0.3"),
+    Scene("shrunk", "slice.nii", "regress", "0.02"),
+    Scene("removed", "slice.nii", "classify", "healthy"),
+    Scene("inserted", "healthy.nii", "segment", "mask.nii"),
 )
 
 
@@ -65,17 +65,17 @@ def run_demo(
     done: list[Translation] = []
 
     def advance(step: int, steps: int) -> None:
-        progress(len(done) * steps + step, len(EDITS) * steps)
+        progress(len(done) * steps + step, len(SCENES) * steps)
 
-    for edit in EDITS:
-        target = str(folder / edit.target) if edit.task == "segment" else edit.target
-        image, out = folder / edit.image, folder / "demo"
+    for scene in SCENES:
+        target = str(folder / scene.target) if scene.task == "segment" else scene.target
+        image, out = folder / scene.image, folder / "demo"
         done += translate(
-            image, edit.task, target, out=out, models=None, settings=settings, device=device, progress=advance
+            image, scene.task, target, out=out, models=None, settings=settings, device=device, progress=advance
         )
     picture = folder / "demo" / "demo.png"
     write_safely(picture, overview(done, mask))
-    return [row(edit, translation) for edit, translation in zip(EDITS, done, strict=True)], picture
+    return [row(scene, translation) for scene, translation in zip(SCENES, done, strict=True)], picture
 
 
 def write_inputs(folder: Path) -> Tensor:
@@ -104,15 +104,15 @@ def write_inputs(folder: Path) -> Tensor:
     return torch.from_numpy(mask) > 0
 
 
-def row(edit: Edit, translation: Translation) -> dict[str, Any]:
+def row(scene: Scene, translation: Translation) -> dict[str, Any]:
     """Return what the table says of a translation: what the guide saw before and after."""
     record = translation.record
-    told = {"classify": "p(healthy)", "regress": "value", "segment": "dice"}[edit.task]
+    told = {"classify": "p(healthy)", "regress": "value", "segment": "dice"}[scene.task]
     seen = {when: f"{told} {record[when][told]:.3f}" for when in ("before", "after")}
     file = translation.files.image if translation.files else ""
     return {
-        "tumour": edit.word,
-        "asked": f"{edit.task} {edit.target}",
+        "tumour": scene.word,
+        "asked": f"{scene.task} {scene.target}",
         **seen,
         "seconds": record["seconds"],
         "file": file,
@@ -123,8 +123,8 @@ def overview(done: list[Translation], mask: Tensor) -> bytes:
     """Draw the inputs and outputs side by side, and what has changed, as PNG."""
     *edited, inserted = done
     columns: list[tuple[str, Image, Tensor | None]] = [("slice", edited[0].source, None)]
-    columns += [(edit.word, translation.result, None) for edit, translation in zip(EDITS, edited, strict=False)]
-    columns += [("healthy, mask", inserted.source, mask), (EDITS[-1].word, inserted.result, None)]
+    columns += [(scene.word, translation.result, None) for scene, translation in zip(SCENES, edited, strict=False)]
+    columns += [("healthy, mask", inserted.source, mask), (SCENES[-1].word, inserted.result, None)]
     rows = [
         [panel.outlined(panel.grey(image.pixels[CHANNELS.index(name)], 0, 1), outline) for _, image, outline in columns]
         for name in SHOWN
