@@ -146,8 +146,8 @@ def _labels_of(path: Path, mtime: int, size: int) -> tuple[Array, Array]:
     with refusing(path, "a NIfTI file"), regular(path) as file:
         stream, head, header = nifti.begin(file, path)
         shape, dtype, offset = nifti.checked_header(header, path)
-        bare = len(shape) == 3 and min(shape) > 1 and shape[2] <= nifti.MAX_STORED_CHANNELS
-        count = shape[2] if bare else math.prod(shape[3:])
+        several = len(shape) == 3 and min(shape) > 1 and not nifti.is_volume(shape)
+        count = shape[2] if several else math.prod(shape[3:])
         if count > 1:
             raise InputError(f"{shown(path)}: a mask of {count} channels; give one with a single label a pixel.")
         if math.prod(shape) > MAX_VOXELS:

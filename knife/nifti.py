@@ -148,8 +148,7 @@ def layout(shape: tuple[int, ...], path: Path) -> tuple[tuple[int, int], int, tu
     """
     full, rest = (*shape, 1)[:3], [n for n in shape[3:] if n > 1]
     flat = next((axis for axis in (2, 1, 0) if full[axis] == 1), None)
-    bare = len(shape) == 3 and flat is None and shape[2] <= MAX_STORED_CHANNELS
-    if len(rest) > 1 or (flat is None and not bare):
+    if len(rest) > 1 or is_volume(shape):
         size = " x ".join(map(str, shape))
         raise InputError(
             f"{shown(path)}: a volume of {size} voxels, and knife translates slices; give one slice "
@@ -212,6 +211,12 @@ def oriented(affine: Array, axes: tuple[int, int], shape: Sequence[int]) -> tupl
             first += affine[:3, axis] * (shape[axes.index(axis)] - 1)
             frame[i] *= -1
     return Orientation(swap, tuple(i + 1 for i in (0, 1) if flips[i])), np.vstack([frame, first])
+
+
+def is_volume(shape: Sequence[int]) -> bool:
+    """Tell whether voxels of this shape are a volume: three long axes, [X, Y, C <= 8] being a slice with channels."""
+    bare = len(shape) == 3 and shape[2] <= MAX_STORED_CHANNELS
+    return len(shape) >= 3 and min(shape[:3]) > 1 and not bare
 
 
 def axial_axis(affine: Array) -> int:

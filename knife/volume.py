@@ -141,13 +141,7 @@ def axial_count(path: Place) -> int | None:
     with refusing(path, "a NIfTI file"), regular(path) as file:
         _, _, header = nifti.begin(file, path)
         shape, _, _ = nifti.checked_header(header, path)
-        return shape[nifti.axial_axis(nifti.affine_of(header, path))] if is_volume(shape) else None
-
-
-def is_volume(shape: Sequence[int]) -> bool:
-    """Tell whether voxels of this shape are a volume: three long axes, [X, Y, C <= 8] being a slice with channels."""
-    bare = len(shape) == 3 and shape[2] <= nifti.MAX_STORED_CHANNELS
-    return len(shape) >= 3 and min(shape[:3]) > 1 and not bare
+        return shape[nifti.axial_axis(nifti.affine_of(header, path))] if nifti.is_volume(shape) else None
 
 
 def open_volume(paths: Place | Sequence[Place]) -> Volume:
@@ -169,7 +163,7 @@ def decoded(path: Path) -> Volume:
     with refusing(path, "a NIfTI file"), regular(path) as file:
         stream, head, header = nifti.begin(file, path)
         shape, dtype, offset = nifti.checked_header(header, path)
-        if not is_volume(shape) or math.prod(shape[4:]) != 1:
+        if not nifti.is_volume(shape) or math.prod(shape[4:]) != 1:
             raise InputError(
                 f"{shown(path)}: {' x '.join(map(str, shape))} voxels are no volume [X, Y, Z] or [X, Y, Z, C]."
             )
