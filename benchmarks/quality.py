@@ -111,6 +111,7 @@ class Bench:
             "strength": options.strength,
             "clamp": options.clamp,
             "control": options.control,
+            "guide_above": options.guide_above,
         }
         self.settings = replace(Settings(), **{k: v for k, v in given.items() if v is not None})
         self.levels = path(self.settings.noise_level, self.settings.steps)
@@ -138,9 +139,9 @@ class Bench:
             clamp = self.card.spec.value_range if self.settings.clamp else None
             walk = (self.net, noisy, self.card.schedule, self.levels)
             if score is None or not self.settings.control:
-                results.append(decode(*walk, score, scale or 0.0, clamp))
+                results.append(decode(*walk, score, scale or 0.0, clamp, above=self.settings.guide_above))
             else:
-                y, control = decode_with_control(*walk, score, scale or 0.0, clamp)
+                y, control = decode_with_control(*walk, score, scale or 0.0, clamp, above=self.settings.guide_above)
                 results.append(self.x[rows].split(self.batch)[i] + y - control)
         return torch.cat(results)
 
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--noise-level", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--strength", type=float)
+    parser.add_argument("--guide-above", type=int, help="noise level from which on down nothing guides")
     parser.add_argument("--unbalanced", action="store_true", help="one scale for every image and step, as in the paper")
     parser.add_argument("--clamp", action="store_true", help="keep the predicted clean image within the value range")
     parser.add_argument("--control", action=argparse.BooleanOptionalAction, help="add only what guidance changed")

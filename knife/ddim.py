@@ -54,6 +54,7 @@ def decode(
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
     hold: Hold | None = None,
+    above: int = 0,
 ) -> Tensor:
     """Decode noisy images back to level 0 while the gradient of a score pulls (eq. 3; Algorithms 1 and 2).
 
@@ -68,11 +69,12 @@ def decode(
         clamp: limits of the predicted clean image x0; None leaves it free, which keeps the round trip exact.
         track: called after every step.
         hold: what becomes of x after every step, such as `keep_outside`.
+        above: steps from this level and below are not guided.
 
     Returns:
         The translated images, [N, C, H, W].
     """
-    return walk(net, x, schedule, levels[::-1], score if scale else None, scale, clamp, track, hold)
+    return walk(net, x, schedule, levels[::-1], score if scale else None, scale, clamp, track, hold, above)
 
 
 def decode_with_control(
@@ -85,6 +87,7 @@ def decode_with_control(
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
     hold: Hold | None = None,
+    above: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Decode noisy images guided and, as a control, unguided, in one batch; arguments as of `decode`.
 
@@ -99,7 +102,7 @@ def decode_with_control(
     def of_first(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat([score(x[:count], t[:count]), x.new_zeros(count)])  # no slope: unguided
 
-    both = decode(net, torch.cat([x, x]), schedule, levels, of_first, scale, clamp, track, hold)
+    both = decode(net, torch.cat([x, x]), schedule, levels, of_first, scale, clamp, track, hold, above)
     return both[:count], both[count:]
 
 
@@ -114,6 +117,7 @@ def walk(
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
     hold: Hold | None = None,
+    above: int = 0,
 ) -> Tensor:
     """Take one step for each pair of neighbouring levels."""
     ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
@@ -121,7 +125,7 @@ def walk(
     for level, next_level in pairwise(levels):
         t = timestep(level * ones).long()
         eps = net(x, t)[:, : x.shape[1]].to(x.dtype)
-        g = gradient(score, x, t) if score else None
+        g = gradient(score, x, t) if score and level > above else None
         s = ones if g is None else scale(g, alpha_bar[level]) if callable(scale) else scale * ones
         x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, s, clamp)  # eq. 3, 4
         if hold:

@@ -28,7 +28,15 @@ from knife.volume import Volume
 
 BRAIN = 0.1  # share of its pixels that makes a slice worth translating, where nothing else is said
 Span = tuple[int, int]  # first, last + 1
-SETTINGS = ("noise_level", "steps", "scale", "strength", "control", "clamp")  # those that a result depends on
+SETTINGS = (
+    "noise_level",
+    "steps",
+    "scale",
+    "strength",
+    "guide_above",
+    "control",
+    "clamp",
+)  # those that a result depends on
 
 
 @dataclass(frozen=True, eq=False)

@@ -335,6 +335,8 @@ def check(settings: Settings, pair: Pair) -> None:
     if not 1 <= settings.noise_level <= T:
         raise SettingsError(f"--noise-level {settings.noise_level}: give a level from 1 to {T}.")
     path(settings.noise_level, settings.steps)
+    if not 0 <= settings.guide_above < settings.noise_level:
+        raise SettingsError(f"--guide-above {settings.guide_above}: give a level from 0 to below --noise-level.")
     if settings.batch_size < 1:
         raise SettingsError(f"--batch-size {settings.batch_size}: give 1 or more.")
     check_dtype(settings.dtype)
@@ -446,7 +448,7 @@ def edited(job: Job, x: Tensor, wanted: Tensor, region: Tensor | None, track: Tr
     score, scale = job.task.score(job.guide, wanted), scale_of(settings, job.pair)
     clamp = job.pair.diffusion.card.spec.value_range if settings.clamp else None
     hold = None if region is None else keep_outside(region, trajectory)
-    walk = (job.net, noisy, schedule, levels, score, scale, clamp, descend, hold)
+    walk = (job.net, noisy, schedule, levels, score, scale, clamp, descend, hold, settings.guide_above)
     return decode_with_control(*walk) if settings.control else (decode(*walk), x)
 
 

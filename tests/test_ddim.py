@@ -273,6 +273,21 @@ def test_what_lies_outside_a_region_stays_where_encoding_led_it():
     assert not torch.equal(guided[1, :, 4:], control[1, :, 4:])
 
 
+def test_steps_from_a_level_down_are_not_guided():
+    asked = []
+
+    def score(x, t):
+        asked.append(int(t[0]))
+        return x.flatten(1).sum(1)
+
+    schedule, levels, x = Schedule(), [0, 50, 100, 200, 300], normal(1, 1, 2, 2)
+    net = lambda x, t: torch.tanh(x)  # noqa: E731
+    found = decode(net, x, schedule, levels, score, 0.5, above=100)
+    assert asked == [299, 199]
+    half = decode(net, x, schedule, [100, 200, 300], score, 0.5)
+    torch.testing.assert_close(found, decode(net, half, schedule, [0, 50, 100]))
+
+
 def test_scale_zero_does_not_ask_the_guide():
     def score(x, t):
         raise AssertionError

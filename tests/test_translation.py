@@ -320,7 +320,7 @@ def test_the_record_says_all_that_was_done(quick, images, models, tmp_path):
     assert record == done.record
     assert record["settings"] == {
         "noise_level": 10, "steps": 5, "scale": None, "strength": DEFAULTS.strength,
-        "batch_size": 8, "control": True, "clamp": False, "dtype": "same",
+        "guide_above": 0, "batch_size": 8, "control": True, "clamp": False, "dtype": "same",
     }  # fmt: skip
     hashes = [digest(models / "brain" / f"{kind}.safetensors") for kind in ("diffusion", "segment")]
     assert [(m["dataset"], m["sha256"], m["shipped"]) for m in record["models"]] == [

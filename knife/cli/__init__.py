@@ -310,6 +310,9 @@ def translate(
         float | None,
         typer.Option("--strength", help=f"Size of the guidance against the noise's; default: {DEFAULTS.strength}."),
     ] = None,
+    guide_above: Annotated[
+        int, typer.Option("--guide-above", help="Noise level from which on down nothing guides.")
+    ] = DEFAULTS.guide_above,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images translated at once.")] = DEFAULTS.batch_size,
     control: Annotated[
         bool, typer.Option("--control/--no-control", help="Add to the input only what guidance changed.")
@@ -336,6 +339,7 @@ def translate(
         steps=min(DEFAULTS.steps, max(noise_level, 1)) if steps is None else steps,
         scale=scale,
         strength=DEFAULTS.strength if strength is None else strength,
+        guide_above=guide_above,
         batch_size=batch_size,
         control=control,
         clamp=clamp,
