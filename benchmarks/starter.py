@@ -20,7 +20,7 @@ COMMANDS = (
     "phantom data/phantom --count 6000 --size 64 --seed 1",
     "train diffusion --data data/phantom --preset small-64 --steps 12500",
     "train regress --data data/phantom --preset small-64 --steps 30000",
-    "train classify --data data/phantom --preset small-64 --steps 2000",
+    "train classify --data data/phantom --preset small-64 --steps 7150",
     "train segment --data data/phantom --preset small-64 --steps 3500",
 )
 

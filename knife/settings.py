@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Settings:
     """How a translation walks."""
 
-    noise_level: int = 400  # L: how far an image is encoded
+    noise_level: int = 475  # L: how far an image is encoded
     steps: int = 50  # of encoding, and again of decoding
     scale: float | None = None  # the paper's s, one for all; None: `strength` makes one for each image and step
     strength: float = 0.2  # size of the guidance against that of the noise prediction, see `knife.ddim.balanced`
