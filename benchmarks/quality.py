@@ -117,12 +117,13 @@ class Bench:
         self.levels = path(self.settings.noise_level, self.settings.steps)
         self.judge = train_judge(options.judge, options.judge_steps, self.device)
         half = options.count // 2
-        self.healthy = [phantom(i, seed=HELD_OUT, relative_size=0.0) for i in range(half)]
+        self.healthy = [phantom(i, seed=options.seed, relative_size=0.0) for i in range(half)]
         sizes = [0.03 + 0.27 * i / max(half - 1, 1) for i in range(half)]
-        self.diseased = [phantom(half + i, seed=HELD_OUT, relative_size=size) for i, size in enumerate(sizes)]
+        self.diseased = [phantom(half + i, seed=options.seed, relative_size=size) for i, size in enumerate(sizes)]
         everything = self.healthy + self.diseased
         self.x, self.mask = pixels(everything).to(self.device), masks(everything).to(self.device)
         self.brain = torch.stack([torch.from_numpy(p.brain) for p in everything])[:, None].float().to(self.device)
+        self.seed = options.seed
         self.half, self.batch, self.unbalanced = half, options.batch_size, options.unbalanced
         self.noisy = torch.cat([encode(self.net, x, self.card.schedule, self.levels) for x in self.x.split(self.batch)])
 
@@ -189,7 +190,7 @@ def measure(bench: Bench) -> dict[str, float]:
     figures["regress: median error of judged size"] = float((want - reach).abs().median())
     figures["regress: change outside"] = sum(changes) / len(changes)
 
-    twins = [phantom(i, seed=HELD_OUT, relative_size=0.08) for i in range(bench.half)]
+    twins = [phantom(i, seed=bench.seed, relative_size=0.08) for i in range(bench.half)]
     target = masks(twins).to(bench.device)
     y = bench.decode(healthy, "segment", target)
     figures["segment: median Dice of judged tumour and mask"] = float(dice(judged(bench.judge, y), target).median())
@@ -228,6 +229,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=64, help="phantoms, half of them healthy")
+    parser.add_argument("--seed", type=int, default=HELD_OUT, help="of the phantoms; the models' is 1")
     parser.add_argument("--models", type=Path, default=STARTER, help="folder that holds one data set's four models")
     parser.add_argument("--judge", type=Path, default=Path("out/judge.pt"))
     parser.add_argument("--judge-steps", type=int, default=1200)
@@ -250,6 +252,7 @@ def main() -> None:
         "settings": vars(bench.settings),
         "unbalanced": options.unbalanced,
         "count": options.count,
+        "seed": options.seed,
         "seconds": round(time.perf_counter() - began),
         "device": torch.cuda.get_device_name() if bench.device != "cpu" else platform.processor() or platform.machine(),
         "torch": torch.__version__,
