@@ -11,7 +11,8 @@ from torch import Tensor
 
 from knife import panel
 from knife.errors import InputError, SettingsError
-from knife.image import Image, write_safely
+from knife.files import write_safely
+from knife.image import Image
 from knife.outputs import Translation
 from knife.phantom import CHANNELS, phantom, write_nifti
 from knife.settings import DEFAULTS, Settings

@@ -27,7 +27,7 @@ from knife.picture import FORMATS, Picture
 __all__ = [
     "DTYPES", "FORMATS", "MARK", "NIFTI", "SEQUENCES", "SUFFIXES", "Image", "MRSequence", "Nifti", "Picture", "Source",
     "check_dtype", "decoded", "is_image", "joined", "not_constant", "output_name", "read", "read_mask",
-    "sequence_files", "sequence_of", "write", "write_safely",
+    "sequence_files", "sequence_of", "write",
 ]  # fmt: skip
 
 SUFFIXES = (*NIFTI, *FORMATS)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from knife import volume
 from knife.errors import InputError, SettingsError
-from knife.image import NIFTI, SEQUENCES, SUFFIXES, is_image, sequence_of, write_safely
+from knife.files import write_safely
+from knife.image import NIFTI, SEQUENCES, SUFFIXES, is_image, sequence_of
 
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from knife import panel
 from knife.errors import InputError, SettingsError
-from knife.files import room
-from knife.image import NIFTI, SUFFIXES, Image, Picture, Source, output_name, own_name, write, write_safely
+from knife.files import room, write_safely
+from knife.image import NIFTI, SUFFIXES, Image, Picture, Source, output_name, own_name, write
 
 Place = str | Path
 LONGEST_STEM = 120  # bytes of an input's name that the names of its results keep
@@ -39,6 +39,12 @@ class Translation:
     target: Tensor  # as the task understands it
     record: dict[str, Any]
     files: Files | None = None  # None: nothing was written
+
+    @property
+    def wanted(self) -> Tensor | None:
+        """Return where the target wants something, [H, W] bool on the image's grid, if it is a mask."""
+        is_mask = self.target.shape == (1, *self.change.shape[1:])
+        return self.source.from_grid(self.target.float())[0] > 0.5 if is_mask else None
 
 
 class Edit(NamedTuple):
@@ -157,7 +163,7 @@ def save(translation: Translation, files: Files, dtype: str = "same") -> Transla
     }
     translation = replace(translation, record={**translation.record, **about}, files=files)
     text = json.dumps(translation.record, indent=1, allow_nan=False) + "\n"
-    with refusing_disk(files):
+    with refusing_disk(files.record.parent):
         write(result, files.image, dtype=dtype)
         if isinstance(source.source.kind, Picture):
             write_safely(files.difference, panel.png(panel.grey(difference[0], 0, peak)))
@@ -169,21 +175,19 @@ def save(translation: Translation, files: Files, dtype: str = "same") -> Transla
 
 
 @contextmanager
-def refusing_disk(files: Files) -> Iterator[None]:
-    """Turn what the disk refuses into a SettingsError that names the folder."""
+def refusing_disk(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a SettingsError that names the folder of the results."""
     try:
         yield
     except OSError as error:
         reason = f"cannot be written to ({error.strerror or error})"
-        raise SettingsError(f"-o {files.record.parent}: {reason}; make room, or allow it.") from error
+        raise SettingsError(f"-o {folder}: {reason}; make room, or allow it.") from error
 
 
 def draw(translation: Translation) -> bytes:
     """Draw input, output and change within the input's window, with the wanted mask if the target is one."""
-    source, result, target, record = translation.source, translation.result, translation.target, translation.record
-    is_mask = target.shape == (1, *translation.change.shape[1:])
-    mask = source.from_grid(target.float())[0] > 0.5 if is_mask else None
+    source, result, record = translation.source, translation.result, translation.record
     seen = [f"{name} {record['before'][name]:.3g} -> {record['after'][name]:.3g}" for name in record["after"]]
     title = ": ".join(filter(None, (f"{record['task']} {record['target']}", ", ".join(seen))))
     before, after = source.normalised(None, (0, 1)), result.normalised(None, (0, 1))
-    return panel.translation(before, after, record["channels"], mask, title)
+    return panel.translation(before, after, record["channels"], translation.wanted, title)

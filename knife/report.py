@@ -14,9 +14,8 @@ from jinja2 import Environment, FileSystemLoader
 from torch import Tensor
 
 from knife import panel
-from knife.errors import SettingsError
 from knife.files import write_safely
-from knife.outputs import Translation
+from knife.outputs import Translation, refusing_disk
 
 PAGE = "report.html"
 
@@ -42,19 +41,15 @@ def write_report(translations: Sequence[Translation], path: Path) -> None:
     Raises:
         SettingsError: if the disk refuses.
     """
-    try:
+    with refusing_disk(path.parent):
         write_safely(path, report(translations))
-    except OSError as error:
-        raise SettingsError(
-            f"--report: {path} cannot be written ({error.strerror}); make room, or allow it."
-        ) from error
 
 
 def section(one: Translation) -> dict[str, Any]:
     """Return what the page says of one translation."""
     record = one.record
     before, after = (panel.fitting(image.normalised(None, (0, 1))) for image in (one.source, one.result))
-    mask = wanted(one)
+    mask = None if one.wanted is None else panel.fitting(one.wanted[None].float())[0] > 0.5
     change = (after - before).abs().sum(0)
     slice_ = f", slice {record['slice']}" if "slice" in record else ""
     return {
@@ -76,13 +71,6 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         (name.replace("_", " "), f"{record[name]:.2%} of the range") for name in shares if record.get(name) is not None
     ]
     return [*seen, *told, ("seconds", f"{record['seconds']:.2f}")]
-
-
-def wanted(one: Translation) -> Tensor | None:
-    """Return the wanted mask as the page draws it, [H, W] bool, if the target is one."""
-    if one.target.shape != (1, *one.change.shape[1:]):
-        return None
-    return panel.fitting(one.source.from_grid(one.target.float()))[0] > 0.5
 
 
 def pairs(before: Tensor, after: Tensor, channels: Sequence[str], mask: Tensor | None) -> list[dict[str, str]]:

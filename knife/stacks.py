@@ -21,22 +21,14 @@ from torch import Tensor
 from knife import checkpoint, volume
 from knife.errors import InputError, ModelError
 from knife.files import write_safely
-from knife.image import Image, is_image
+from knife.image import Image, Source, is_image
 from knife.layouts import adopt_masks, cases_of
 from knife.outputs import Edit, Files, Translation, Unit, draw, refusing_disk, save
 from knife.volume import Volume
 
 BRAIN = 0.1  # share of its pixels that makes a slice worth translating, where nothing else is said
 Span = tuple[int, int]  # first, last + 1
-SETTINGS = (
-    "noise_level",
-    "steps",
-    "scale",
-    "strength",
-    "guide_above",
-    "control",
-    "clamp",
-)  # those that a result depends on
+FREE = ("batch_size", "dtype")  # settings that a slice's change does not depend on
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +44,7 @@ class Stack:
     crop: bool = False  # as of an Image
 
     @property
-    def source(self) -> Any:
+    def source(self) -> Source:
         """Return where the volume came from."""
         return self.volume.source
 
@@ -127,7 +119,7 @@ def place_of(files: Files) -> Path:
 
 def key_of(stack: Stack, about: Mapping[str, Any], edits: Sequence[Edit]) -> str:
     """Return a hash of all that a result depends on."""
-    chosen = {name: about["settings"][name] for name in SETTINGS}
+    chosen = {name: value for name, value in about["settings"].items() if name not in FREE}
     told = [about["knife"], about["task"], about["target"], chosen, [model["sha256"] for model in about["models"]]]
     hashed = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     asked = [tensor for edit in edits for tensor in (edit.target, edit.region) if tensor is not None]
@@ -186,7 +178,7 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
         "panel": f"slice {most}, the one that changed most",
         "slices": list(said.values()),
     }
-    with refusing_disk(files):
+    with refusing_disk(files.record.parent):
         volume.write(result, files.image, dtype)
         volume.write(whole.like(difference), files.difference)
         write_safely(files.panel, draw(done[most]))
@@ -212,8 +204,8 @@ def mask_on(stack: Stack, k: int, one: Translation) -> Tensor:
     inside = torch.zeros(one.source.pixels.shape[1:], dtype=torch.bool)
     if stack.mask is not None:
         inside |= stack.mask[k]
-    if one.target.shape == (1, *one.change.shape[1:]):
-        inside |= one.source.from_grid(one.target.float())[0] > 0.5
+    if one.wanted is not None:
+        inside |= one.wanted
     return inside
 
 

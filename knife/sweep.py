@@ -11,7 +11,7 @@ from torch import Tensor
 from knife import panel
 from knife.errors import InputError, SettingsError
 from knife.files import write_safely
-from knife.outputs import Translation, safe
+from knife.outputs import Translation, refusing_disk, safe
 from knife.settings import DEFAULTS, Settings
 from knife.translation import translate
 
@@ -60,12 +60,8 @@ def sweep(
         rows[-1] += results
     progress(len(cells), len(cells))
     file = out / f"{safe(Path(image).name.split('.')[0])}_{task}_sweep.png"
-    try:
+    with refusing_disk(out):
         write_safely(file, sheet(rows))
-    except OSError as error:
-        raise SettingsError(
-            f"-o {out}: cannot be written to ({error.strerror or error}); make room, or allow it."
-        ) from error
     return rows, file
 
 

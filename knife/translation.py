@@ -133,16 +133,12 @@ def translate(
     places = [source.source for source, _ in wishes]
     plans = [None] * len(places) if out is None else destinations(places, task, target, Path(out), region)
     about = {
-        "knife": __version__,
-        "torch": torch.__version__,
-        "synthetic": SYNTHETIC,
         "task": task,
         "target": without_folder(target),
         "region": region and without_folder(region),
-        "settings": asdict(settings) | ({} if settings.scale is None else {"strength": None}),
-        "models": [{**model_record(stored), "shipped": pair.shipped} for stored in (pair.diffusion, pair.guide)],
         "device": f"{where}: {why}",
         "ops": ops.status(where.split(":")[0]).path,
+        **about_walk(settings, pair),
     }
     units = [unit_of(*parts, files, about, spec.value_range) for parts, files in zip(wishes, plans, strict=True)]
     todo = [edit for unit in units for edit in unit.todo]
@@ -158,9 +154,15 @@ def translate(
     return [one for unit in units for one in unit.deliver(islice(results, len(unit.todo)))]
 
 
-def images_of(source: Image | Stack) -> list[Image]:
-    """Return the images of an input that are translated."""
-    return source.images if isinstance(source, Stack) else [source]
+def about_walk(settings: Settings, pair: Pair) -> dict[str, Any]:
+    """Return what every record says of program, settings and models."""
+    return {
+        "knife": __version__,
+        "torch": torch.__version__,
+        "synthetic": SYNTHETIC,
+        "settings": asdict(settings) | ({} if settings.scale is None else {"strength": None}),
+        "models": [{**model_record(stored), "shipped": pair.shipped} for stored in (pair.diffusion, pair.guide)],
+    }
 
 
 def asked(
