@@ -79,11 +79,13 @@ def open_stack(stack: Volume, wanted: Span | None) -> Stack:
 
 def outlined(stack: Volume) -> Tensor | None:
     """Return the mask that lies beside a volume of several files and on its grid, [D, H, W] bool, if there is one."""
+    if len(stack.files) == 1:
+        return None
     first = stack.source.paths[0]
     cases, _ = cases_of(first.parent, [file for file in first.parent.iterdir() if is_image(file)])
     adopt_masks(cases)
     mine = [files["seg"] for files in cases.values() if "seg" in files and (first.is_dir() or first in files.values())]
-    if len(mine) != 1 or len(stack.files) == 1:
+    if len(mine) != 1:
         return None
     try:
         return torch.stack([stack.mask(mine[0], k)[0] > 0 for k in range(stack.count)])
