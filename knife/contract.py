@@ -92,6 +92,8 @@ def check_task(
             check_guide(trial, net, target)
         check_twins(trial, net, labels)
         check_evaluate(trial, net, wanted[0], config)
+        for target in wanted:
+            check_error(trial, net, target, config)
 
 
 @contextmanager
@@ -291,9 +293,19 @@ def check_evaluate(trial: Trial, net: nn.Module, target: Tensor, config: Mapping
         raise trial.wrong("evaluate", "named a number level", "choose another name: a record has its own")
 
 
+def check_error(trial: Trial, net: nn.Module, target: Tensor, config: Mapping[str, Any]) -> None:
+    """Check that the distance of an image from its target depends on nothing but the two, if the hook is there."""
+    with torch.no_grad():
+        errors = trial.task.error(net, trial.x, trial.t, target, config)
+        alone = trial.task.error(net, trial.x[:1], trial.t[:1], target[:1], config)
+    if errors is not None and alone is not None and not near(alone[0], errors[0]):
+        found = f"returned {errors[0]:g} for the first image, and {alone[0]:g} when the others are left out"
+        raise trial.wrong("error", found, "the images of a batch must not see each other")
+
+
 def near(a: Tensor, b: Tensor) -> bool:
     """Tell whether two results are the same up to the order of summation."""
-    return bool(((a - b).abs() <= 1e-3 * b.abs().max() + 1e-7).all())
+    return bool(((a == b) | ((a - b).abs() <= 1e-3 * b.abs().max() + 1e-7)).all())  # two infinities are the same
 
 
 def form(value: Tensor) -> str:

@@ -23,7 +23,7 @@ hookspec = pluggy.HookspecMarker("knife")
 hookimpl = pluggy.HookimplMarker("knife")
 
 REQUIRED = ("label", "build", "train", "target", "guide")
-OPTIONAL = ("configure", "evaluate")
+OPTIONAL = ("configure", "evaluate", "error")
 
 
 @hookspec(firstresult=True)
@@ -67,3 +67,12 @@ def evaluate(
     net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: Mapping[str, Any]
 ) -> "dict[str, Tensor]":
     """Return named numbers for the report, each [N] in the user's units: what the network sees. Optional."""
+
+
+@hookspec(firstresult=True)
+def error(net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: Mapping[str, Any]) -> "Tensor":
+    """Return how far the network sees each image from its target, [N]: 0 where it is reached, in the user's units.
+
+    It is what closes the loop of a translation, and what calibration and evaluation count. Where a target has no end,
+    as with "more", infinity. Optional.
+    """

@@ -223,6 +223,17 @@ class Task:
                 raise self.violation("evaluate", values, wanted)
         return numbers
 
+    def error(
+        self, net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: Mapping[str, Any]
+    ) -> "Tensor | None":
+        """Return how far each image is from its target, [N], 0 where it is reached; None if the task does not tell."""
+        if "error" not in self.hooks:
+            return None
+        values = self.tensor("error", net=net, x=x, t=t, target=target, config=config)
+        if values.shape != x.shape[:1] or not bool((values >= 0).all()):  # which NaN is not either
+            raise self.violation("error", values, f"a distance for each image, 0 or more, here of shape [{len(x)}]")
+        return values
+
 
 def survives_json(value: object) -> bool:
     """Tell whether a value is the same after it was stored as JSON and read again."""

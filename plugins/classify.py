@@ -78,6 +78,12 @@ def evaluate(net: nn.Module, x: Tensor, t: Tensor, config: Mapping[str, Any]) ->
     return {f"p({name})": p for name, p in zip(config["classes"], net(x, t).softmax(1).unbind(1), strict=False)}
 
 
+@hookimpl
+def error(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
+    """Return 1 - p(wanted class)."""
+    return 1 - net(x, t).softmax(1).gather(1, target[:, None])[:, 0]
+
+
 def word_columns(cases: "Sequence[Case]") -> Iterator[str]:
     """Yield the columns that half of the cases have, of at most a hundred different words, none of them a fraction."""
     fullest_first = sorted(cases, key=lambda case: -len(case.values))  # it has the columns in their order

@@ -97,6 +97,13 @@ def evaluate(net: nn.Module, x: Tensor, t: Tensor, config: Mapping[str, Any]) ->
     return {"value": net(x, t)[:, 0] * config["std"] + config["mean"]}
 
 
+@hookimpl
+def error(net: nn.Module, x: Tensor, t: Tensor, target: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Return |prediction - target| in the label's own unit."""
+    distance: Tensor = (net(x, t)[:, 0] - target).abs() * config["std"]
+    return distance
+
+
 def numeric_columns(cases: "Sequence[Case]") -> Iterator[str]:
     """Yield the columns in which at least half of the cases have a finite number."""
     fullest_first = sorted(cases, key=lambda case: -len(case.values))  # it has the columns in their order

@@ -67,5 +67,16 @@ def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
 def evaluate(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Return the share of the image that is segmented, and its Dice overlap with the wanted mask."""
     found = (net(x, t)[:, :1] > 0).float()
-    overlap, areas = (found * target).sum((1, 2, 3)), (found + target).sum((1, 2, 3))
-    return {"area": found.mean((1, 2, 3)), "dice": torch.where(areas > 0, 2 * overlap / areas, torch.ones_like(areas))}
+    return {"area": found.mean((1, 2, 3)), "dice": dice(found, target)}
+
+
+@hookimpl
+def error(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
+    """Return 1 - Dice of what is segmented and the wanted mask."""
+    return 1 - dice((net(x, t)[:, :1] > 0).float(), target)
+
+
+def dice(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the overlap of masks [N, 1, H, W], [N]; two empty ones agree."""
+    overlap, areas = (found * wanted).sum((1, 2, 3)), (found + wanted).sum((1, 2, 3))
+    return torch.where(areas > 0, 2 * overlap / areas.clamp(min=1), torch.ones_like(areas))

@@ -198,6 +198,7 @@ def task_with(**hooks):
     return Task("odd", manager_of(plugin), registered(plugin))
 
 
+TARGETS = torch.tensor([0.0, 1.0, float("inf")])
 X, T = torch.zeros(2, 1, 4, 4), torch.zeros(2)
 
 
@@ -234,6 +235,10 @@ GARBAGE = {
         lambda x: {"value": x.mean() / 0},
         r"returned .*, not all finite; it must return for 'value' a tensor of shape \[2\]",
     ),
+    "error": (
+        lambda x: -x.mean((1, 2, 3)) - 1,
+        r"returned a tensor .*; it must return a distance for each image, 0 or more, here of shape \[2\]",
+    ),
 }
 
 
@@ -249,6 +254,7 @@ def test_garbage_is_refused(hook):
         "target": lambda: odd.target("", None, None, {}),
         "guide": lambda: odd.score(None, T)(X, T),
         "evaluate": lambda: odd.evaluate(None, X, T, T, {}),
+        "error": lambda: odd.error(None, X, T, T, {}),
     }
     with pytest.raises(TaskError, match=rf"task odd: its hook {hook} {message}"):
         calls[hook]()
@@ -258,6 +264,20 @@ def test_optional_hooks_may_be_left_out():
     nothing = task_with()
     assert nothing.configure([]) == {}
     assert nothing.evaluate(None, X, T, T, {}) == {}
+    assert nothing.error(None, X, T, T, {}) is None
+
+
+def test_errors_count_from_the_target_in_the_users_units():
+    def said(logits):
+        return lambda x, t: torch.tensor(logits)
+
+    config = {"mean": 40.0, "std": 10.0}
+    ages = task("regress").error(said([[0.5], [2.0], [1.0]]), torch.zeros(3, 1), None, TARGETS, config)
+    assert ages.tolist() == [5.0, 10.0, float("inf")]
+    even = task("classify").error(said([[0.0, 0.0], [0.0, 99.0]]), X, T, torch.tensor([0, 1]), {})
+    assert even.tolist() == [0.5, 0.0]
+    found, wanted = [[[[1.0, 1.0]]], [[[-1.0, -1.0]]]], torch.tensor([[[[0.0, 1.0]]], [[[0.0, 0.0]]]])
+    assert task("segment").error(said(found), X, T, wanted, {}).tolist() == pytest.approx([1 / 3, 0.0])
 
 
 @pytest.mark.parametrize(

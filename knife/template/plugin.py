@@ -72,5 +72,12 @@ def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
 
 @hookimpl
 def evaluate(net: nn.Module, x: Tensor, t: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return numbers [N] for the report; this hook and configure are optional."""
+    """Return numbers [N] for the report; optional, as configure is."""
     return {"$name": net(x, t)[:, 0] * config["std"] + config["mean"]}
+
+
+@hookimpl
+def error(net: nn.Module, x: Tensor, t: Tensor, target: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Return how far each image is from its target, [N]: knife adjusts its guidance until this is small; optional."""
+    distance: Tensor = (net(x, t)[:, 0] - target).abs() * config["std"]
+    return distance
