@@ -37,6 +37,8 @@ class Card:
     config: Mapping[str, Any] = field(default_factory=dict)  # what a task remembers of its labels
     guidance: Mapping[str, float] = field(default_factory=dict)  # measured with the task: how steep its score is
     training: Mapping[str, Any] = field(default_factory=dict)  # steps, settings, data, versions
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # measured on images set apart: errors by noise level
+    judge: bool = False  # trained on clean images to measure results, never to guide
 
     def to_json(self) -> dict[str, Any]:
         """Return the card as plain JSON values."""
@@ -49,6 +51,8 @@ class Card:
             "config": dict(self.config),
             "guidance": dict(self.guidance),
             "training": dict(self.training),
+            "calibration": dict(self.calibration),
+            "judge": self.judge,
         }
 
     @classmethod
@@ -69,6 +73,8 @@ class Card:
             values["config"],
             values["guidance"],
             values["training"],
+            values.get("calibration", {}),
+            values.get("judge", False),
         )
 
     def build(self) -> nn.Module:
