@@ -17,7 +17,7 @@ import torch
 
 from knife import volume
 from knife.devices import resolve_device
-from knife.settings import DEFAULTS
+from knife.settings import DEFAULTS, Wish
 from knife.translation import translate
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         seconds["writing the volume"] = time.perf_counter() - began
         began = time.perf_counter()
         done = translate(
-            options.folder, options.task, options.target, out=Path(place) / "out", models=options.models,
+            options.folder, Wish(options.task, options.target), out=Path(place) / "out", models=options.models,
             settings=replace(DEFAULTS, steps=options.steps), slices=(first, end), device=options.device,
         )  # fmt: skip
         seconds["all of it"] = time.perf_counter() - began

@@ -19,7 +19,7 @@ import torch
 from knife import ops
 from knife.devices import resolve_device
 from knife.phantom import phantom, write_nifti
-from knife.settings import Settings
+from knife.settings import Settings, Wish
 from knife.translation import translate
 
 TARGETS = {"regress": "0.15", "classify": "healthy", "segment": "mask.nii"}
@@ -35,7 +35,12 @@ def measure(task: str, batch: int, folder: Path, options: argparse.Namespace) ->
     for _ in range(options.repeats + 1):
         began = time.perf_counter()
         translate(
-            images, task, target, out=folder / "out", models=options.models, settings=settings, device=options.device
+            images,
+            Wish(task, target),
+            out=folder / "out",
+            models=options.models,
+            settings=settings,
+            device=options.device,
         )
         seconds.append((time.perf_counter() - began) / batch)
     return statistics.median(seconds[1:])  # the first run warms up

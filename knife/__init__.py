@@ -2,6 +2,7 @@
 
     knife.translate(...)      translate images: what the command line calls
     knife.load_model(path)    a stored network, called as net(x, t)
+    knife.Wish                a task and what it shall make of them
     knife.Image               an image and where it came from
     knife.hookimpl            marks the hooks of a task plugin
 
@@ -18,12 +19,19 @@ if TYPE_CHECKING:
     from knife.checkpoint import load_model
     from knife.hookspecs import hookimpl
     from knife.image import Image
+    from knife.settings import Wish
     from knife.translation import translate
 
 __version__ = "0.1.0"
-__all__ = ["Image", "KnifeError", "errors", "hookimpl", "load_model", "translate"]
+__all__ = ["Image", "KnifeError", "Wish", "errors", "hookimpl", "load_model", "translate"]
 
-LAZY = {"Image": "image", "hookimpl": "hookspecs", "load_model": "checkpoint", "translate": "translation"}
+LAZY = {
+    "Image": "image",
+    "Wish": "settings",
+    "hookimpl": "hookspecs",
+    "load_model": "checkpoint",
+    "translate": "translation",
+}
 
 
 def __getattr__(name: str) -> Any:

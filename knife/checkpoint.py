@@ -1,7 +1,7 @@
 """Stored models: one safetensors file holds the weights and a card that says what they are.
 
-They lie in `models/<dataset>/<kind>.safetensors`. No pickle is ever read here, so a stranger's file can do no harm. A
-hash beside the card tells if a bit has changed on the disk.
+They lie in `models/<dataset>/<kind>.safetensors`, judges in `<kind>.judge.safetensors` beside them. No pickle is ever
+read here, so a stranger's file can do no harm. A hash beside the card tells if a bit has changed on the disk.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Card:
     spec: ImageSpec
     schedule: Schedule
     config: Mapping[str, Any] = field(default_factory=dict)  # what a task remembers of its labels
-    guidance: Mapping[str, float] = field(default_factory=dict)  # measured with the task: how steep its score is
+    guidance: Mapping[str, float] = field(default_factory=dict)  # measured: the score's steepness, the error
     training: Mapping[str, Any] = field(default_factory=dict)  # steps, settings, data, versions
     calibration: Mapping[str, Any] = field(default_factory=dict)  # measured on images set apart: errors by noise level
     judge: bool = False  # trained on clean images to measure results, never to guide
@@ -86,6 +86,11 @@ class Card:
         if self.kind == "diffusion":
             return self.spec.build_unet(2 * len(self.spec.channels))  # eps and the v of a learned sigma
         return task(self.kind).build(self.spec, self.config)
+
+
+def file_name(kind: str, judge: bool = False) -> str:
+    """Return the name of a model's file; the dot keeps a judge apart from tasks, whose names have none."""
+    return f"{kind}.judge.safetensors" if judge else f"{kind}.safetensors"
 
 
 @dataclass(frozen=True)

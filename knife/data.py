@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ class Form(NamedTuple):
     crop: bool = False  # fill the size and cut off what is beyond, instead of padding
     labels: tuple[int, ...] = ()  # of a mask's label map, those that count; none: all above 0
     min_brain: float = 0.0  # a volume's slice whose brain covers less than this share of it is skipped
+    fill: float | None = None  # what stands for pixels that are NaN or infinite; None: such an image is skipped
 
 
 @dataclass
@@ -53,6 +54,14 @@ class Loaded:
 
     cases: list[Case]
     skipped: dict[str, str]  # name -> why
+    passing: set[str] = field(default_factory=set)  # of these, the names of those that may well be read another time
+
+
+class Skip(NamedTuple):
+    """Why an image cannot be used, and whether that may pass."""
+
+    why: str
+    passing: bool
 
 
 def load(entries: Sequence[Entry], form: Form, progress: Callable[[int], None] | None = None) -> Loaded:
@@ -65,7 +74,7 @@ def load(entries: Sequence[Entry], form: Form, progress: Callable[[int], None] |
         InputError: if the images would not fit into memory.
     """
 
-    def several(entries: Sequence[Entry]) -> list[Case | str]:
+    def several(entries: Sequence[Entry]) -> list[Case | Skip]:
         return cases_of(entries, form)
 
     refuse_too_many(entries, form)
@@ -74,7 +83,9 @@ def load(entries: Sequence[Entry], form: Form, progress: Callable[[int], None] |
     with ThreadPoolExecutor(VOLUMES_AT_ONCE if len(parts) < len(entries) else None) as pool:
         for part, cases in zip(parts, pool.map(several, parts), strict=True):
             loaded.cases += [case for case in cases if isinstance(case, Case)]
-            loaded.skipped |= {e.name: case for e, case in zip(part, cases, strict=True) if isinstance(case, str)}
+            skips = {e.name: case for e, case in zip(part, cases, strict=True) if isinstance(case, Skip)}
+            loaded.skipped |= {name: skip.why for name, skip in skips.items()}
+            loaded.passing |= {name for name, skip in skips.items() if skip.passing}
             done += len(part)
             if progress and (done - told >= max(1, len(entries) // 100) or done == len(entries)):
                 told = done
@@ -90,20 +101,27 @@ def by_volume(entries: Iterable[Entry]) -> list[list[Entry]]:
     return list(parts.values())
 
 
-def cases_of(entries: Sequence[Entry], form: Form) -> list[Case | str]:
-    """Read one image, or slices of one volume, as cases; what cannot be used is the reason why."""
+def cases_of(entries: Sequence[Entry], form: Form) -> list[Case | Skip]:
+    """Read one image, or slices of one volume, as cases; of what cannot be used the reason why."""
 
-    def one(entry: Entry, source: Volume | None) -> Case | str:
+    def one(entry: Entry, source: Volume | None) -> Case | Skip:
         try:
             return case_of(entry, form, source)
         except InputError as error:
-            return str(error)
+            return Skip(str(error), may_pass(error))
 
     try:
-        source = None if entries[0].slice is None else volume_of(entries[0])
+        source = None if entries[0].slice is None else volume_of(entries[0], form.fill)
     except InputError as error:
-        return [str(error)] * len(entries)
+        return [Skip(str(error), may_pass(error))] * len(entries)
     return [one(entry, source) for entry in entries]
+
+
+def may_pass(error: BaseException) -> bool:
+    """Tell whether the system failed at reading a file, as a disk that stumbles does, and not what is in the file."""
+    cause = error.__cause__ or error.__context__
+    system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+    return system or (cause is not None and may_pass(cause))  # pillow and gzip raise OSErrors of no number
 
 
 def refuse_too_many(entries: Sequence[Entry], form: Form) -> None:
@@ -131,27 +149,30 @@ def available_memory() -> int | None:
         return None
 
 
-def image_of(entry: Entry, source: Volume | None = None) -> Image:
-    """Read the image of an entry; of a slice, out of its volume if that is open already."""
+def image_of(entry: Entry, source: Volume | None = None, fill: float | None = None) -> Image:
+    """Read the image of an entry; of a slice, out of its volume if that is open already.
+
+    fill: what stands for pixels that are NaN or infinite; None: they are refused.
+    """
     if entry.slice is not None:
-        return (source or volume_of(entry)).slice(entry.slice)
-    return not_constant(picture_of(entry))
+        return (source or volume_of(entry, fill)).slice(entry.slice)
+    return not_constant(picture_of(entry, fill))
 
 
-def picture_of(entry: Entry) -> Image:
+def picture_of(entry: Entry, fill: float | None = None) -> Image:
     """Read the image of an entry that is no slice of a volume, its files joined; a constant one too."""
     if len(entry.files) == 1:
-        return decoded(entry.files[0])
+        return decoded(entry.files[0], fill)
     files = files_by_channel(entry)
-    return joined(tuple(files), [decoded(file) for file in files.values()])
+    return joined(tuple(files), [decoded(file, fill) for file in files.values()])
 
 
-def volume_of(entry: Entry) -> Volume:
+def volume_of(entry: Entry, fill: float | None = None) -> Volume:
     """Open the volume that a slice is part of, its files joined."""
     if len(entry.files) == 1:
-        return volume.open_volume(entry.files[0])
+        return volume.open_volume(entry.files[0], fill)
     files = files_by_channel(entry)
-    return volume.joined(tuple(files), [volume.open_volume(file) for file in files.values()])
+    return volume.joined(tuple(files), [volume.open_volume(file, fill) for file in files.values()])
 
 
 def files_by_channel(entry: Entry) -> dict[str, Path]:
@@ -179,8 +200,8 @@ def case_of(entry: Entry, form: Form, source: Volume | None = None) -> Case:
         InputError: if it cannot be read, its channels are not those wanted, or a slice shows too little.
     """
     if entry.slice is not None:
-        source = source or volume_of(entry)
-    image = replace(image_of(entry, source), crop=form.crop)
+        source = source or volume_of(entry, form.fill)
+    image = replace(image_of(entry, source, form.fill), crop=form.crop)
     check_channels(entry.name, named(entry, image.channels), form.channels)
     if source is not None:
         refuse_bare(entry, image, form.min_brain)
@@ -230,8 +251,10 @@ def check_channels(name: str, found: Sequence[str], usual: Sequence[str]) -> Non
         raise InputError(f"{name}: its channels are {', '.join(found)}, the others have {', '.join(usual)}.")
 
 
-def channels_of(entries: Iterable[Entry]) -> tuple[str, ...]:
+def channels_of(entries: Iterable[Entry], fill: float | None = None) -> tuple[str, ...]:
     """Return the channel names that most of a sample of the entries have: what the others are compared with.
+
+    fill: as of `image_of`.
 
     Raises:
         InputError: if none of the sample can be read.
@@ -240,7 +263,7 @@ def channels_of(entries: Iterable[Entry]) -> tuple[str, ...]:
     reason, names = "there is none", Counter[tuple[str, ...]]()
     for entry in entries[:: len(entries) // SAMPLE + 1]:
         try:
-            names[told_channels(entry) or named(entry, image_of(entry).channels)] += 1
+            names[told_channels(entry) or named(entry, image_of(entry, fill=fill).channels)] += 1
         except InputError as error:
             reason = str(error)
     if not names:

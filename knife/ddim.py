@@ -6,11 +6,14 @@ Encode and decode are the same step along the same levels in opposite directions
     x0 = (x - sqrt(1 - ab) e) / sqrt(ab)
     x' = sqrt(ab') x0 + sqrt(1 - ab') e              (eq. 3 downwards, eq. 4 upwards)
 
-Algorithm 1 (regression) and Algorithm 2 (segmentation) differ in the score alone, so the score is an argument.
+Algorithm 1 (regression) and Algorithm 2 (segmentation) differ in the score alone, so the score is an argument. Several
+may pull at once, each with a scale of its own: their pulls add up.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +27,24 @@ Scale = Callable[[Tensor, Tensor], Tensor]  # (gradient [N, C, H, W], alpha_bar 
 Track = Callable[[int, Tensor], None]  # called with (level, x at that level) after every step
 Hold = Callable[[int, Tensor], Tensor]  # (level, x at that level) -> what the walk goes on with
 FLAT = 1e-30  # a score that slopes less asks for nothing
+
+
+class Guidance(NamedTuple):
+    """What pulls at images while they are decoded.
+
+    score: how well noisy images fit the target. scale: the paper's s, or what makes one for each image and step, as
+    `balanced` does; 0 is bit for bit the unguided result. low, high: it pulls in steps from levels above `low`, up to
+    `high`.
+    """
+
+    score: Score
+    scale: float | Scale
+    low: int = 0
+    high: float = math.inf
+
+    def pulls(self, level: int) -> bool:
+        """Tell whether it pulls in a step from a level."""
+        return bool(self.scale) and self.low < level <= self.high
 
 
 def encode(net: Network, x: Tensor, schedule: Schedule, levels: Sequence[int], track: Track | None = None) -> Tensor:
@@ -49,32 +70,27 @@ def decode(
     x: Tensor,
     schedule: Schedule,
     levels: Sequence[int],
-    score: Score | None = None,
-    scale: float | Scale = 0.0,
+    guidance: Sequence[Guidance] = (),
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
     hold: Hold | None = None,
-    above: int = 0,
 ) -> Tensor:
-    """Decode noisy images back to level 0 while the gradient of a score pulls (eq. 3; Algorithms 1 and 2).
+    """Decode noisy images back to level 0 while the gradients of scores pull (eq. 3; Algorithms 1 and 2).
 
     Args:
         net: the diffusion model; of 2C output channels the first C are eps.
         x: images [N, C, H, W] at noise level levels[-1].
         schedule: the levels the model was trained on.
         levels: the same rising levels that encoded x; they are walked downwards.
-        score: how well noisy images fit the target, one number an image; None decodes unguided.
-        scale: the paper's s, or what makes one for each image and step, as `balanced` does; 0 is bit for bit the
-            unguided result.
+        guidance: what pulls; nothing decodes unguided.
         clamp: limits of the predicted clean image x0; None leaves it free, which keeps the round trip exact.
         track: called after every step.
         hold: what becomes of x after every step, such as `keep_outside`.
-        above: steps from this level and below are not guided.
 
     Returns:
         The translated images, [N, C, H, W].
     """
-    return walk(net, x, schedule, levels[::-1], score if scale else None, scale, clamp, track, hold, above)
+    return walk(net, x, schedule, levels[::-1], guidance, clamp, track, hold)
 
 
 def decode_with_control(
@@ -82,27 +98,21 @@ def decode_with_control(
     x: Tensor,
     schedule: Schedule,
     levels: Sequence[int],
-    score: Score,
-    scale: float | Scale,
+    guidance: Sequence[Guidance] = (),
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
     hold: Hold | None = None,
-    above: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Decode noisy images guided and, as a control, unguided, in one batch; arguments as of `decode`.
 
     What differs between the two is the effect of the guidance alone: the error of encoding and decoding is in both.
     `track` and `hold` see the guided ones first, then the controls, [2N, C, H, W].
     """
-    if not scale:
-        alone = decode(net, x, schedule, levels, clamp=clamp, track=track, hold=hold)
+    if not any(one.pulls(level) for one in guidance for level in levels):
+        alone = decode(net, x, schedule, levels, (), clamp, track, hold)
         return alone, alone
     count = len(x)
-
-    def of_first(x: Tensor, t: Tensor) -> Tensor:
-        return torch.cat([score(x[:count], t[:count]), x.new_zeros(count)])  # no slope: unguided
-
-    both = decode(net, torch.cat([x, x]), schedule, levels, of_first, scale, clamp, track, hold, above)
+    both = walk(net, torch.cat([x, x]), schedule, levels[::-1], guidance, clamp, track, hold, count)
     return both[:count], both[count:]
 
 
@@ -112,27 +122,42 @@ def walk(
     x: Tensor,
     schedule: Schedule,
     levels: Sequence[int],
-    score: Score | None = None,
-    scale: float | Scale = 0.0,
+    guidance: Sequence[Guidance] = (),
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
     hold: Hold | None = None,
-    above: int = 0,
+    guided: int | None = None,
 ) -> Tensor:
-    """Take one step for each pair of neighbouring levels."""
+    """Take one step for each pair of neighbouring levels; only the first `guided` images are pulled at (None: all)."""
     ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
     alpha_bar = schedule.alpha_bar.to(x.device)
     for level, next_level in pairwise(levels):
         t = timestep(level * ones).long()
         eps = net(x, t)[:, : x.shape[1]].to(x.dtype)
-        g = gradient(score, x, t) if score and level > above else None
-        s = ones if g is None else scale(g, alpha_bar[level]) if callable(scale) else scale * ones
+        pulling = [one for one in guidance if one.pulls(level)]
+        g, s = pull(pulling, x[:guided], t[:guided], alpha_bar[level]) if pulling else (None, ones)
+        if g is not None and len(g) < len(x):
+            g, s = torch.cat([g, torch.zeros_like(x[len(g) :])]), torch.cat([s, ones[len(s) :]])
         x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, s, clamp)  # eq. 3, 4
         if hold:
             x = hold(next_level, x)
         if track:
             track(next_level, x)
     return x
+
+
+def pull(guidance: Sequence[Guidance], x: Tensor, t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what pulls at images [N, C, H, W] together: a gradient of their shape, and its scale for each, [N]."""
+    ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    gradients = [gradient(one.score, x, t) for one in guidance]
+    scales = [
+        one.scale(g, alpha_bar) if callable(one.scale) else one.scale * ones
+        for one, g in zip(guidance, gradients, strict=True)
+    ]
+    if len(gradients) == 1:
+        return gradients[0], scales[0]
+    pulls = [g * s[:, None, None, None].to(g.dtype) for g, s in zip(gradients, scales, strict=True)]
+    return torch.stack(pulls).sum(0), ones
 
 
 def keep_outside(region: Tensor, trajectory: Mapping[int, Tensor]) -> Hold:
@@ -163,7 +188,7 @@ def gradient(score: Score, x: Tensor, t: Tensor) -> Tensor:
         return torch.autograd.grad(score(x, t).sum(), x)[0]
 
 
-def balanced(strength: float, steepness: float) -> Scale:
+def balanced(strength: float | Tensor, steepness: float) -> Scale:
     """Return a scale that carries over between images, tasks and data sets.
 
     Guidance s sqrt(1 - ab) g has the size `strength` against eps, whose size is 1 a pixel, where the score is as steep
@@ -172,7 +197,7 @@ def balanced(strength: float, steepness: float) -> Scale:
     not tear it apart, and guidance still fades as the target is reached.
 
     Args:
-        strength: the size of the guidance.
+        strength: the size of the guidance, one for all images or one for each, [N].
         steepness: the usual size of sqrt(1 - ab) g, as measured when the guide was trained.
     """
 

@@ -15,7 +15,7 @@ from knife.files import write_safely
 from knife.image import Image
 from knife.outputs import Translation
 from knife.phantom import CHANNELS, phantom, write_nifti
-from knife.settings import DEFAULTS, Settings
+from knife.settings import DEFAULTS, Settings, Wish
 from knife.translation import translate
 
 SEED = 20_220_402  # no training data were made from this seed
@@ -72,7 +72,7 @@ def run_demo(
         target = str(folder / scene.target) if scene.task == "segment" else scene.target
         image, out = folder / scene.image, folder / "demo"
         done += translate(
-            image, scene.task, target, out=out, models=None, settings=settings, device=device, progress=advance
+            image, Wish(scene.task, target), out=out, models=None, settings=settings, device=device, progress=advance
         )
     picture = folder / "demo" / "demo.png"
     write_safely(picture, overview(done, mask))

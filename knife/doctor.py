@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
         "plugins": "; ".join(map(plugin_fact, rows)) or "none",
         "tensorboard": "installed" if importlib.util.find_spec("tensorboard") else "not installed (an extra)",
         "write here": writable(Path()),
-        "shipped models": ", ".join(f"{row['dataset']}/{row['kind']}" for row in shipped) or "none",
+        "shipped models": ", ".join(map(model_fact, shipped)) or "none",
         **({"broken models": "; ".join(broken)} if broken else {}),
         "healthy": all(fine for _, fine in checks.values()) and any(row.usable for row in rows) and not broken,
     }
@@ -62,6 +62,11 @@ def or_why_not(ask: Callable[[], str]) -> str:
 def plugin_fact(row: Plugin) -> str:
     """Say in words what `knife plugins list` says in a row."""
     return f"{row.task} ({row.distribution} {row.version}): {row.status}"
+
+
+def model_fact(row: Mapping[str, Any]) -> str:
+    """Name a model of `knife models list`."""
+    return f"{row['dataset']}/{row['kind']}" + " (judge)" * row["judge"]
 
 
 def writable(folder: Path) -> str:
@@ -90,6 +95,7 @@ def model_row(stored: Stored) -> dict[str, Any]:
     return {
         "dataset": stored.path.parent.name,
         "kind": card.kind,
+        "judge": card.judge,
         "channels": list(card.spec.channels),
         "size": list(card.spec.size),
         "learnt": learnt(card.config),
@@ -158,7 +164,7 @@ def summary(about: Mapping[str, Any]) -> dict[str, Any]:
     settings = training.get("settings", {})
     facts = {
         "file": about["file"],
-        "kind": about["kind"],
+        "kind": about["kind"] + " (judge)" * about.get("judge", False),
         "data set": about["dataset"],
         "channels": ", ".join(spec["channels"]),
         "size": "{} x {}".format(*spec["size"]),
@@ -172,6 +178,7 @@ def summary(about: Mapping[str, Any]) -> dict[str, Any]:
         "command": training.get("command"),
         "imported from": training.get("imported"),
         "steepness": about["guidance"].get("gradient"),
+        "error on clean images": about["guidance"].get("error"),
         "sha256": about["sha256"],
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}

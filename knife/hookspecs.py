@@ -64,9 +64,12 @@ def guide(net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor") -> "Tens
 
 @hookspec(firstresult=True)
 def evaluate(
-    net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: Mapping[str, Any]
+    net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor | None", config: Mapping[str, Any]
 ) -> "dict[str, Tensor]":
-    """Return named numbers for the report, each [N] in the user's units: what the network sees. Optional."""
+    """Return named numbers for the report, each [N] in the user's units: what the network sees. Optional.
+
+    Of images that another task guides `target` is None: numbers that need one are left out.
+    """
 
 
 @hookspec(firstresult=True)

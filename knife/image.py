@@ -54,6 +54,7 @@ class Source:
 
     limits: [C, 2] the values that a changed pixel may take. whole: [C, 1, 1] bool, channels stored as whole numbers.
     kind: one Picture, or one Nifti for each of `paths`. synthetic: the file says that knife made it.
+    part: what of it was asked for, as the names of results tell it: "slices80-128"; "" is all.
     """
 
     paths: tuple[Path, ...]
@@ -61,6 +62,12 @@ class Source:
     limits: Tensor
     whole: Tensor
     synthetic: bool
+    part: str = ""
+
+    @property
+    def filled(self) -> int:
+        """Return how many pixels of the files, of a volume in all its slices, were no number and have been filled."""
+        return sum(file.filled for file in ([self.kind] if isinstance(self.kind, Picture) else self.kind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,13 +255,15 @@ def suffix_of(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read(path: Path | str | Sequence[Path | str]) -> Image:
+def read(path: Path | str | Sequence[Path | str], fill: float | None = None) -> Image:
     """Read one 2-D image from a file, from a folder of one case or from several files, one for each MR sequence.
 
+    fill: what stands for pixels that are NaN or infinite; `image.source.filled` says how many there were.
+
     Raises InputError, and nothing else, if a file cannot be used: missing, no regular file, malformed, damaged, too
-    large, a volume, without finite pixels, or the same value everywhere.
+    large, a volume, with pixels that are no number and no `fill` for them, or the same value everywhere.
     """
-    return not_constant(_assembled([Path(path)] if isinstance(path, Path | str) else [Path(p) for p in path]))
+    return not_constant(_assembled([Path(path)] if isinstance(path, Path | str) else [Path(p) for p in path], fill))
 
 
 def not_constant(image: Image) -> Image:
@@ -294,16 +303,16 @@ def labelled(pixels: Tensor, labels: Collection[int] = ()) -> Tensor:
     return chosen.any(0, keepdim=True).float()
 
 
-def _assembled(paths: Sequence[Path]) -> Image:
+def _assembled(paths: Sequence[Path], fill: float | None) -> Image:
     """Read the file, or join the files of one case as channels in canonical order."""
     if not paths:
         raise InputError("no image file given; name at least one.")
     if len(paths) == 1 and not _is_folder(paths[0]):
-        return decoded(paths[0])
+        return decoded(paths[0], fill)
     named = sequence_files(paths[0]) if len(paths) == 1 else by_sequence(paths)
     if not named:
         raise InputError(f"{shown(paths[0])}: a folder without NIfTI files named t1, t1ce, t2 or flair; give a file.")
-    return joined(tuple(named), [decoded(file) for file in named.values()])
+    return joined(tuple(named), [decoded(file, fill) for file in named.values()])
 
 
 def _is_folder(path: Path) -> bool:
@@ -339,8 +348,10 @@ def _check_same_grid(image: Image, other: Image) -> None:
         raise InputError(f"{pair}: their affines differ by {gap:.3g}; resample one onto the grid of the other.")
 
 
-def decoded(path: Path) -> Image:
+def decoded(path: Path, fill: float | None = None) -> Image:
     """Read one file; a constant one too, since a mask or one channel of several may be empty.
+
+    fill: what stands for pixels that are NaN or infinite; None: they are refused.
 
     Raises InputError, and nothing else, if it cannot be used.
     """
@@ -348,18 +359,18 @@ def decoded(path: Path) -> Image:
     if not suffix:
         raise InputError(f"{shown(path)}: no image format that knife reads; give one of {', '.join(SUFFIXES)}.")
     with refusing(path, "a NIfTI file" if suffix in NIFTI else "a picture"), regular(path) as file:
-        return _decoded_nifti(file, path) if suffix in NIFTI else _decoded_picture(file, path)
+        return _decoded_nifti(file, path, fill) if suffix in NIFTI else _decoded_picture(file, path, fill)
 
 
-def _decoded_nifti(file: BinaryIO, path: Path) -> Image:
-    kind, pixels, synthetic = nifti.decode(file, path)
+def _decoded_nifti(file: BinaryIO, path: Path, fill: float | None) -> Image:
+    kind, pixels, synthetic = nifti.decode(file, path, fill)
     count, name = len(pixels), mr_name(path)
     channels = (name,) if name and count == 1 else tuple(map(str, range(count)))
     return assemble((path,), (kind,), pixels, channels=channels, tops=[kind.top] * count, synthetic=synthetic)
 
 
-def _decoded_picture(file: BinaryIO, path: Path) -> Image:
-    kind, pixels, synthetic = picture.decode(file, path)
+def _decoded_picture(file: BinaryIO, path: Path, fill: float | None) -> Image:
+    kind, pixels, synthetic = picture.decode(file, path, fill)
     channels = ("grey",) if len(pixels) == 1 else ("r", "g", "b")
     return assemble((path,), kind, pixels, channels=channels, tops=[kind.top] * len(pixels), synthetic=synthetic)
 

@@ -146,7 +146,7 @@ def _labels_of(path: Path, mtime: int, size: int) -> tuple[Array, Array]:
     with refusing(path, "a NIfTI file"), regular(path) as file:
         stream, head, header = nifti.begin(file, path)
         shape, dtype, offset = nifti.checked_header(header, path)
-        several = len(shape) == 3 and min(shape) > 1 and not nifti.is_volume(shape)
+        several = len(shape) == 3 and min(shape) > 1 and not nifti.is_volume(shape, header)
         count = shape[2] if several else math.prod(shape[3:])
         if count > 1:
             raise InputError(f"{shown(path)}: a mask of {count} channels; give one with a single label a pixel.")
@@ -154,5 +154,5 @@ def _labels_of(path: Path, mtime: int, size: int) -> tuple[Array, Array]:
             raise InputError(f"{shown(path)}: its header declares more than {MAX_VOXELS} voxels; crop it first.")
         affine = nifti.affine_of(header, path)
         data = nifti.read_to_end(stream, head, offset + math.prod(shape) * dtype.itemsize, path)
-        labels, _ = nifti.intensities(np.frombuffer(data, dtype, math.prod(shape), offset), header, path)
+        labels, *_ = nifti.intensities(np.frombuffer(data, dtype, math.prod(shape), offset), header, path)
         return labels.reshape((*shape, 1)[:3], order="F"), affine

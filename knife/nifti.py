@@ -23,6 +23,7 @@ from torch import Tensor
 
 from knife.errors import InputError
 from knife.files import MARK, shown
+from knife.finite import finite
 
 NIFTI = (".nii.gz", ".nii")
 GEOMETRY = (
@@ -51,6 +52,7 @@ class Nifti:
 
     header: geometry only (GEOMETRY), free of names and texts. shape: as stored; spatial: its part without channels.
     frame: [3, 3] world row step, column step and first pixel, as displayed. dtype: what output is stored as.
+    filled: how many of its voxels were no number and have been filled, see `knife.finite`.
     """
 
     header: Header
@@ -59,6 +61,7 @@ class Nifti:
     orientation: Orientation
     frame: Array
     dtype: np.dtype[Any]
+    filled: int = 0
 
     @property
     def top(self) -> float:
@@ -69,21 +72,23 @@ class Nifti:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def decode(file: BinaryIO, path: Path) -> tuple[Nifti, Tensor, bool]:
+def decode(file: BinaryIO, path: Path, fill: float | None = None) -> tuple[Nifti, Tensor, bool]:
     """Read one slice: what it is, pixels [C, H, W] float32 as displayed, and whether it says that knife made it.
+
+    fill: what stands for NaN and infinity; None: they are refused.
 
     Everything that the header can tell is checked before a voxel is read.
     """
     stream, head, header = begin(file, path)
     shape, dtype, offset = checked_header(header, path)
-    axes, count, spatial = layout(shape, path)
+    axes, count, spatial = layout(shape, header, path)
     affine = affine_of(header, path)
     data = read_to_end(stream, head, offset + math.prod(shape) * dtype.itemsize, path)
     values = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape, order="F")
     plane = np.moveaxis(values.reshape(shape[axes[0]], shape[axes[1]], count), 2, 0)
-    pixels, kept = intensities(plane, header, path)
+    pixels, kept, filled = intensities(plane, header, path, fill)
     orientation, frame = oriented(affine, axes, plane.shape[1:])
-    nifti = Nifti(geometry(header), shape, spatial, orientation, frame, kept)
+    nifti = Nifti(geometry(header), shape, spatial, orientation, frame, kept, filled)
     return nifti, displayed(pixels, orientation), bytes(header["descrip"]).startswith(MARK.encode())
 
 
@@ -96,20 +101,18 @@ def begin(file: BinaryIO, path: Path) -> tuple[BinaryIO, bytes, Header]:
     return stream, head, parsed_header(head, path)
 
 
-def intensities(raw: Array, header: Header, path: Path) -> tuple[Array, np.dtype[Any]]:
-    """Return the voxels as float32 after slope and intercept, and the type that output of their kind is stored as.
+def intensities(raw: Array, header: Header, path: Path, fill: float | None = None) -> tuple[Array, np.dtype[Any], int]:
+    """Return the voxels as float32 after slope and intercept, their type in output, and how many have been filled.
 
-    That is their own if it is an integer type, there is no scaling, and float32 holds them exactly (below 2^24).
+    The type is their own if it is an integer type, there is no scaling, and float32 holds them exactly (below 2^24).
     """
     slope, inter = header.get_slope_inter()
     scaled = (slope, inter) not in ((None, None), (1.0, 0.0))
     with np.errstate(all="ignore"):
         pixels = np.asarray(raw * slope + inter if scaled else raw).astype(np.float32)
-    bad = pixels.size - int(np.isfinite(pixels).sum())
-    if bad:
-        raise InputError(f"{shown(path)}: {bad} voxels are NaN, infinite or beyond float32; fill them first.")
+    pixels, filled = finite(pixels, path, fill, "voxels")
     exact = raw.dtype.kind in "iu" and not scaled and float(np.abs(pixels).max()) < 2**24
-    return pixels, raw.dtype.newbyteorder("=") if exact else np.dtype(np.float32)
+    return pixels, raw.dtype.newbyteorder("=") if exact else np.dtype(np.float32), filled
 
 
 def parsed_header(head: bytes, path: Path) -> Header:
@@ -141,14 +144,14 @@ def checked_header(header: Header, path: Path) -> tuple[tuple[int, ...], np.dtyp
     return shape, dtype, offset
 
 
-def layout(shape: tuple[int, ...], path: Path) -> tuple[tuple[int, int], int, tuple[int, ...]]:
+def layout(shape: tuple[int, ...], header: Header, path: Path) -> tuple[tuple[int, int], int, tuple[int, ...]]:
     """Return the two axes of the slice, the number of channels, and the part of the shape without them.
 
     Slices are [X, Y], [X, Y, 1], [1, Y, Z], [X, 1, Z], each also with channels as a further axis, and [X, Y, C <= 8].
     """
     full, rest = (*shape, 1)[:3], [n for n in shape[3:] if n > 1]
     flat = next((axis for axis in (2, 1, 0) if full[axis] == 1), None)
-    if len(rest) > 1 or is_volume(shape):
+    if len(rest) > 1 or is_volume(shape, header):
         size = " x ".join(map(str, shape))
         raise InputError(
             f"{shown(path)}: a volume of {size} voxels, and knife translates slices; give one slice "
@@ -213,9 +216,13 @@ def oriented(affine: Array, axes: tuple[int, int], shape: Sequence[int]) -> tupl
     return Orientation(swap, tuple(i + 1 for i in (0, 1) if flips[i])), np.vstack([frame, first])
 
 
-def is_volume(shape: Sequence[int]) -> bool:
-    """Tell whether voxels of this shape are a volume: three long axes, [X, Y, C <= 8] being a slice with channels."""
-    bare = len(shape) == 3 and shape[2] <= MAX_STORED_CHANNELS
+def is_volume(shape: Sequence[int], header: Header) -> bool:
+    """Tell whether voxels of this shape are a volume: three long axes.
+
+    [X, Y, C <= 8] is a slice with channels, unless dim_info says that the scanner put its slices along the third axis;
+    the size of a voxel tells nothing, since programs write one for channels too.
+    """
+    bare = len(shape) == 3 and shape[2] <= MAX_STORED_CHANNELS and header.get_dim_info()[2] != 2
     return len(shape) >= 3 and min(shape[:3]) > 1 and not bare
 
 

@@ -15,6 +15,7 @@ from knife import panel
 from knife.errors import InputError, SettingsError
 from knife.files import room, write_safely
 from knife.image import NIFTI, SUFFIXES, Image, Picture, Source, output_name, own_name, write
+from knife.settings import Wish
 
 Place = str | Path
 LONGEST_STEM = 120  # bytes of an input's name that the names of its results keep
@@ -36,23 +37,26 @@ class Translation:
     source: Image
     result: Image
     change: Tensor  # [C, h, w] in the model's units, on the model's grid
-    target: Tensor  # as the task understands it
+    targets: tuple[Tensor, ...]  # as the tasks understand them
     record: dict[str, Any]
     files: Files | None = None  # None: nothing was written
+    region: Tensor | None = None  # where it was free to change, [1, H, W], 0 or 1; None: anywhere
 
     @property
     def wanted(self) -> Tensor | None:
-        """Return where the target wants something, [H, W] bool on the image's grid, if it is a mask."""
-        is_mask = self.target.shape == (1, *self.change.shape[1:])
-        return self.source.from_grid(self.target.float())[0] > 0.5 if is_mask else None
+        """Return where a target wants something, [H, W] bool on the image's grid, if one is a mask."""
+        masks = [target for target in self.targets if target.shape == (1, *self.change.shape[1:])]
+        return self.source.from_grid(masks[0].float())[0] > 0.5 if masks else None
 
 
 class Edit(NamedTuple):
     """What is asked of one image."""
 
     image: Image
-    target: Tensor  # as the task understands it
+    targets: tuple[Tensor, ...]  # as the tasks understand them
     region: Tensor | None = None  # where it may change, [1, H, W], 0 or 1; None: anywhere
+    judged: tuple[Tensor | None, ...] = ()  # the targets as the tasks' judges understand them, where there are any
+    wanted: tuple[str, ...] = ()  # the targets in words, of what counts from the image the number it comes to
 
 
 class Unit(NamedTuple):
@@ -73,12 +77,14 @@ def unit(edit: Edit, files: Files | None, dtype: str) -> Unit:
 
 
 def destinations(
-    sources: Sequence[Source], task: str, target: str, out: Path, region: str | None = None
+    sources: Sequence[Source], wishes: Sequence[Wish], out: Path, region: str | None = None
 ) -> list[Files]:
-    """Return where the results of each image or volume go, named by input, task and target, and numbered if need be.
+    """Return where the results of each image or volume go, named by input, tasks, targets and the slices asked for.
+
+    Names that would be the same are numbered.
 
     Raises:
-        InputError: if an input or the target would be overwritten.
+        InputError: if an input or a target would be overwritten.
         SettingsError: if the folder cannot be written to.
     """
     try:
@@ -87,14 +93,15 @@ def destinations(
         raise SettingsError(f"-o {out}: {error.filename} is {error.strerror}; give another one.") from error
     inputs: list[Place] = [
         *(file for source in sources for file in source.paths),
-        target,
+        *(wish.target for wish in wishes),
         *([region] if region else []),
     ]
     taken = {identity(file) for file in inputs if os.path.exists(file)}
-    word, names, plans = target_word(target), set[str](), []
+    words = "_".join(f"{wish.task}_{target_word(wish.target)}" for wish in wishes)
+    names, plans = set[str](), []
     for source in sources:
         stem, suffix = output_name(source)
-        name = unused(f"{safe(stem)}_{task}_{word}", names)
+        name = unused("_".join(filter(None, (safe(stem), words, source.part))), names)
         files = files_of(out, name, suffix)
         within = [files.image / own_name(own) for own in source.paths] if not suffix else []
         for file in (*files, *within):

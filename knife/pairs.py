@@ -1,4 +1,4 @@
-"""Which models translate an image: a diffusion model, and the guide of the task beside it."""
+"""Which models translate an image: a diffusion model, the guide of the task beside it, and who judges the result."""
 
 import os
 from collections.abc import Sequence
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knife.checkpoint import STARTER, Stored, check_fit, describe, digest
-from knife.errors import ModelError
+from knife.checkpoint import STARTER, Card, Stored, check_fit, describe, digest, file_name, terms
+from knife.errors import KnifeError, ModelError
 from knife.image import Image
+from knife.tasks import Task, task
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def pairs_in(models: Path, task: str, dataset: str | None) -> tuple[list[Pair], 
     """Return the diffusion models in a folder that have a guide of the task beside them, and what cannot be read."""
     pairs, broken = [], []
     for folder in sorted(place for place in models.glob("*") if dataset in (None, place.name)):
-        files = [folder / f"{kind}.safetensors" for kind in ("diffusion", task)]
+        files = [folder / file_name(kind) for kind in ("diffusion", task)]
         if all(os.path.lexists(file) for file in files):
             try:
                 pairs.append(Pair(*map(described, files)))
@@ -78,9 +79,57 @@ def described(file: Path) -> Stored:
         ModelError: if it cannot be read or is of another kind.
     """
     stored = describe(file)
-    if stored.card.kind != file.stem:
-        raise ModelError(f"{file}: a model of kind {stored.card.kind} under the wrong name; rename it, or remove it.")
+    card = stored.card
+    if file.name != file_name(card.kind, card.judge):
+        what = f"judge of {card.kind}" if card.judge else f"model of kind {card.kind}"
+        raise ModelError(f"{file}: a {what} under the wrong name; rename it, or remove it.")
     return stored
+
+
+def judge_of(pair: Pair) -> Stored | None:
+    """Return the judge of a pair's task that lies beside its guide; None if there is none, or it tells something else.
+
+    A judge has a config of its own: it learnt from other patients, whose numbers have another mean and deviation. A
+    target made with the guide's config means something else to it, so whoever asks it makes the target anew, with
+    `task.target(text, image, judge.card.spec, judge.card.config)`. It was trained on clean images: ask it with t = 0.
+
+    Raises:
+        ModelError: if it cannot be read, or is another model under its name.
+    """
+    file = pair.folder / file_name(pair.guide.card.kind, judge=True)
+    if not os.path.lexists(file):
+        return None
+    judge = described(file)
+    return judge if question(judge.card) == question(pair.guide.card) else None
+
+
+def question(card: Card) -> dict[str, Any]:
+    """Return what a network tells of which images: what a guide and its judge have in common.
+
+    Numbers in a config are measured on the images trained on, and differ; words say what was learnt.
+    """
+    words = {k: v for k, v in card.config.items() if isinstance(v, bool) or not isinstance(v, int | float)}
+    images = {k: v for k, v in terms(card).items() if k != "schedule"}  # of levels a judge knows none but the clean one
+    return {**images, "config": words, "mask labels": card.training.get("settings", {}).get("mask_labels") or []}
+
+
+def onlookers(pair: Pair, asked: Sequence[str]) -> list[tuple[Task, Stored]]:
+    """Return the other tasks' networks beside a pair, to see what happens to what nobody asked for.
+
+    Those that cannot be read, do not fit or have no plugin are left out: nothing depends on them.
+    """
+    found = []
+    for file in sorted(pair.folder.glob("*.safetensors")):
+        kind = file.name.removesuffix(".safetensors")
+        if kind == "diffusion" or kind in asked or "." in kind:
+            continue
+        try:
+            stored = described(file)
+            check_fit(pair.diffusion, stored)
+            found.append((task(kind), stored))
+        except KnifeError:
+            continue
+    return found
 
 
 def misfit(pair: Pair, images: Sequence[Image]) -> str:

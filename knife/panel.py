@@ -4,7 +4,9 @@ A *tile* is one small image, [H, W, 3] uint8; tiles of one size are laid out in 
 """
 
 import io
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,19 @@ GAP = 2  # pixels between tiles, before zooming
 LEFT, TOP = 72, 52  # room for the names of rows and columns
 LONGEST = 512  # pixels; larger images are drawn smaller
 DARK, PALE, RED = (24, 24, 24), (170, 170, 170), (255, 64, 64)
-HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))  # dark to bright
+DASH = 3  # pixels
+HEAT = (  # from black to pale yellow in steps of one lightness (CIELAB L* 0, 12, 24, ... 96), hues from violet to yellow
+    (0, 0, 0), (33, 27, 58), (86, 38, 89), (141, 52, 101), (183, 80, 103), (208, 121, 110), (219, 165, 135),
+    (245, 203, 146), (255, 245, 188),
+)  # fmt: skip
 COLOUR = ("r", "g", "b")  # channels that are drawn as one coloured tile
+CHART, MARGIN, TICKS = (
+    (480, 320),
+    48,
+    5,
+)  # width and height of a chart in pixels, room around its frame, parts of an axis
+GRID = (224, 224, 224)
+COLOURS = ((0, 0, 0), (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167))  # told apart by the colour-blind
 
 Tile = np.ndarray[Any, Any]
 
@@ -40,14 +53,18 @@ def heat(plane: Tensor, high: float) -> Tile:
     return np.stack(ramps, axis=2).round().astype(np.uint8)
 
 
-def outlined(tile: Tile, mask: Tensor | None) -> Tile:
-    """Return a tile with the border pixels of a mask [H, W] (bool) in red: those with a neighbour outside the mask."""
+def outlined(tile: Tile, mask: Tensor | None, colours: Sequence[tuple[int, int, int]] = (RED,)) -> Tile:
+    """Return a tile with the border pixels of a mask [H, W] (bool) drawn: those with a neighbour outside the mask.
+
+    colours: of the line; several take turns along it, as dashes.
+    """
     if mask is None:
         return tile
     around = F.pad(mask, (1, 1, 1, 1))
     inner = mask & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
     drawn = tile.copy()
-    drawn[(mask & ~inner).numpy()] = RED
+    rows, columns = np.nonzero((mask & ~inner).numpy())
+    drawn[rows, columns] = np.array(colours)[(rows + columns) // DASH % len(colours)]
     return drawn
 
 
@@ -74,9 +91,14 @@ def arrange(rows: Sequence[Sequence[Tile]], zoom: int = 1) -> Picture.Image:
 
 
 def captioned(
-    rows: Sequence[Sequence[Tile]], zoom: int, title: str, row_names: Sequence[str], column_names: Sequence[str]
+    rows: Sequence[Sequence[Tile]],
+    zoom: int,
+    title: str,
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    notes: Sequence[Sequence[str]] = (),
 ) -> Picture.Image:
-    """Lay tiles out with a title and the names of columns above, and the names of rows at the left."""
+    """Lay tiles out with a title and the names of columns above, the names of rows at the left, and notes on tiles."""
     sheet, (height, width) = arrange(rows, zoom), rows[0][0].shape[:2]
     title = " ".join(title.encode("utf-8", "backslashreplace").decode().split())
     font = ImageFont.load_default(13)
@@ -89,6 +111,11 @@ def captioned(
         pen.text((LEFT + zoom * (GAP + j * (width + GAP)) + 4, 32), name, fill=PALE, font=font)
     for i, name in enumerate(row_names):
         pen.text((8, TOP + zoom * (GAP + i * (height + GAP)) + 4), name, fill=PALE, font=font)
+    for i, line in enumerate(notes):
+        for j, note in enumerate(line):
+            place = LEFT + zoom * (GAP + j * (width + GAP)) + 4, TOP + zoom * (GAP + i * (height + GAP)) + 4
+            pen.rectangle(pen.textbbox(place, note, font=font), fill=DARK)
+            pen.text(place, note, fill="white", font=font)
     return picture
 
 
@@ -145,20 +172,62 @@ def fitting(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- curves
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: its name, its points from left to right, and a place along x to mark, if there is one."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    mark: float | None = None
+
+
 def curve(xs: Sequence[float], ys: Sequence[float], x_name: str, title: str) -> bytes:
     """Draw a line through points, its axes from the least to the largest value (y from 0 at most)."""
-    width, height, margin = 480, 320, 48
-    low, high = min(0.0, *ys), max(*ys, 1e-12)
-    across = [(x - xs[0]) / max(xs[-1] - xs[0], 1e-12) for x in xs]
-    up = [(y - low) / (high - low) for y in ys]
-    right, bottom = width - margin, height - margin
-    line = [(margin + a * (right - margin), bottom - u * (bottom - margin)) for a, u in zip(across, up, strict=True)]
-    picture = Picture.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.rectangle((margin, margin, right, bottom), outline="grey")
-    pen.line(line, fill="black", width=2)
-    pen.text((margin, 16), title, fill="black")
-    pen.text((margin, bottom + 12), f"{x_name} {xs[0]:g} to {xs[-1]:g}", fill="black")
-    pen.text((4, margin), f"{high:.3g}", fill="black")
-    pen.text((4, bottom - 12), f"{low:.3g}", fill="black")
-    return png(picture, synthetic=False)
+    return png(chart([Line("", [*zip(xs, ys, strict=True)])], x_name, title), synthetic=False)
+
+
+def chart(lines: Sequence[Line], x_name: str, title: str, high: float = 1e-12) -> Picture.Image:
+    """Draw lines in one frame, each in its colour, marked places dashed; y goes from 0 at most to `high` at least."""
+    xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
+    left, right, low, high = min(xs), max(xs), min(0.0, *ys), max(high, *ys)
+    picture = Picture.new("RGB", CHART, "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    end, bottom = CHART[0] - MARGIN, CHART[1] - MARGIN
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - left) / max(right - left, 1e-12), (y - low) / (high - low)
+        return MARGIN + across * (end - MARGIN), bottom - up * (bottom - MARGIN)
+
+    pen.text((MARGIN, 16), title, fill="black", font=font)
+    pen.text((end, bottom + 24), x_name, fill="black", font=font, anchor="ra")
+    for y in ticks(low, high):
+        pen.line((place(left, y), place(right, y)), fill=GRID)
+        pen.text((MARGIN - 6, place(left, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
+    for x in ticks(left, right):
+        pen.text((place(x, low)[0], bottom + 6), f"{x:.4g}", fill="black", font=font, anchor="ma")
+    pen.rectangle((*place(left, high), *place(right, low)), outline="grey")
+    for i, line in enumerate(lines):
+        colour = COLOURS[i % len(COLOURS)]
+        pen.line([place(*point) for point in line.points], fill=colour, width=2)
+        pen.text((end - 6, MARGIN + 6 + 16 * i), line.name, fill=colour, font=font, anchor="ra")
+        if line.mark is not None:
+            x = place(line.mark, 0)[0] + i  # marks of one place stand side by side
+            for y in range(MARGIN, bottom, 8):
+                pen.line((x, y, x, y + 4), fill=colour)
+    return picture
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between two, evenly spread, some five of them."""
+    rough = max((high - low) / TICKS, 1e-12)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(part * power for part in (1, 2, 2.5, 5, 10) if part * power >= rough)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def beside(pictures: Sequence[Picture.Image]) -> Picture.Image:
+    """Put pictures of one height side by side."""
+    row = Picture.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height), "white")
+    for i, picture in enumerate(pictures):
+        row.paste(picture, (sum(earlier.width for earlier in pictures[:i]), 0))
+    return row

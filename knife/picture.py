@@ -31,6 +31,7 @@ from torch import Tensor
 
 from knife.errors import InputError
 from knife.files import MARK, shown
+from knife.finite import finite
 
 FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP",
@@ -56,11 +57,13 @@ class Picture:
     """Describe one picture file.
 
     mode: L, RGB, I;16 (grey), RGB;16 or F. alpha: plane [H, W] of the same depth. options: resolution, colour profile.
+    filled: how many of its pixels were no number and have been filled, see `knife.finite`.
     """
 
     mode: str
     alpha: Array | None
     options: Mapping[str, Any]
+    filled: int = 0
 
     @property
     def top(self) -> float:
@@ -71,8 +74,11 @@ class Picture:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def decode(file: BinaryIO, path: Path) -> tuple[Picture, Tensor, bool]:
-    """Read a picture: what it is, pixels [C, H, W] float32, and whether it says that knife made it."""
+def decode(file: BinaryIO, path: Path, fill: float | None = None) -> tuple[Picture, Tensor, bool]:
+    """Read a picture: what it is, pixels [C, H, W] float32, and whether it says that knife made it.
+
+    fill: what stands for NaN and infinity; None: they are refused.
+    """
     opened = opened_picture(file, path)
     deep, synthetic = is_deep(opened, path), says_synthetic(opened)
     picture = upright(opened)
@@ -83,12 +89,11 @@ def decode(file: BinaryIO, path: Path) -> tuple[Picture, Tensor, bool]:
         array = array.astype(np.uint16) << 8 | channels_last(upright(low_bytes(file)))
     alpha = array[..., -1].copy() if mode in ("LA", "RGBA") else None
     planes = np.moveaxis(array if alpha is None else array[..., :-1], 2, 0)
-    pixels = torch.from_numpy(planes.astype(np.float32, order="C"))
-    if not bool(pixels.isfinite().all()):
-        raise InputError(f"{shown(path)}: it has pixels that are NaN or infinite; fill them first.")
+    pixels, filled = finite(planes.astype(np.float32, order="C"), path, fill, "pixels")
     kept = {"icc_profile": profile, "dpi": resolution(opened.info.get("dpi"))}
     options = {key: value for key, value in kept.items() if value}
-    return Picture(mode.removesuffix("A") + (";16" if deep else ""), alpha, options), pixels, synthetic
+    kind = Picture(mode.removesuffix("A") + (";16" if deep else ""), alpha, options, filled)
+    return kind, torch.from_numpy(pixels), synthetic
 
 
 def opened_picture(file: BinaryIO, path: Path) -> PIL.ImageFile.ImageFile:

@@ -9,9 +9,11 @@ comes first is kept.
 import hashlib
 import json
 import math
+import mmap
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ FORMAT = 1  # to be raised when knife decodes anything differently
 AT_ONCE = 256  # images that are decoded before they are written
 STALE = 24 * 3600  # seconds after which a set that is still being built has no builder
 HEADROOM = 1.05  # free disk that is asked for, against what the images take
+NORESERVE = 0x4000 if sys.platform == "linux" else 0  # of mmap(2), which Python knows by name from 3.13 on
 
 Load = Callable[[Sequence[Entry]], Loaded]
 
@@ -46,7 +49,7 @@ def prepared(folder: Path, entries: Sequence[Entry], form: Form, load: Load, pro
         folder: where the set lies, or will lie; its last part is its `key`.
         entries: what to decode if it is not there yet.
         form: what every image is brought to.
-        load: decodes some entries; what it skips is remembered with its reason.
+        load: decodes some entries; what it skips is remembered with its reason, and tried again if that may pass.
         progress: called with the number of entries done.
 
     Returns:
@@ -55,6 +58,8 @@ def prepared(folder: Path, entries: Sequence[Entry], form: Form, load: Load, pro
     Raises:
         InputError: if the disk has too little room, or refuses.
     """
+    if outdated(folder, entries, load):
+        shutil.rmtree(folder)  # who has it mapped keeps it
     if not (folder / "index.json").exists():
         building = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
         remove_stale(folder)
@@ -71,14 +76,25 @@ def prepared(folder: Path, entries: Sequence[Entry], form: Form, load: Load, pro
     return mapped(folder, form)
 
 
+def outdated(folder: Path, entries: Sequence[Entry], load: Load) -> bool:
+    """Tell whether images that the system failed to read when a set was built can be read, or judged, now."""
+    try:
+        failed = json.loads((folder / "index.json").read_text(encoding="utf-8")).get("passing", [])
+    except (OSError, ValueError, AttributeError):
+        return False  # there is none, or it is damaged, which `mapped` says
+    again = [entry for entry in entries if entry.name in failed]
+    return bool(again) and len(load(again).passing) < len(again)
+
+
 def build(folder: Path, entries: Sequence[Entry], form: Form, load: Load, progress: Callable[[int], None]) -> None:
     """Decode entries part by part into the files of a new set."""
     told: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
+    skipped, passing = dict[str, str](), set[str]()
     with (folder / "pixels.f32").open("xb") as pixels, (folder / "masks.f32").open("xb") as masks:
         for first in range(0, len(entries), AT_ONCE):
             part = load(entries[first : first + AT_ONCE])
             skipped |= part.skipped
+            passing |= part.passing
             for case in part.cases:
                 pixels.write(case.pixels.numpy().tobytes())
                 outlined = None if case.mask is None else masks.tell() // (4 * case.mask.numel())
@@ -89,7 +105,8 @@ def build(folder: Path, entries: Sequence[Entry], form: Form, load: Load, progre
         for file in (pixels, masks):
             file.flush()
             os.fsync(file.fileno())
-    write_safely(folder / "index.json", json.dumps({"cases": told, "skipped": skipped}).encode())
+    index = {"cases": told, "skipped": skipped, "passing": sorted(passing)}
+    write_safely(folder / "index.json", json.dumps(index).encode())
 
 
 def remove_stale(folder: Path) -> None:
@@ -129,11 +146,20 @@ def mapped(folder: Path, form: Form) -> Loaded:
 
 
 def tensor(file: Path, shape: list[int]) -> Tensor:
-    """Map a file into memory as a float32 tensor; what is written to the tensor never reaches the file."""
+    """Map a file into memory as a float32 tensor; what is written to the tensor never reaches the file.
+
+    No swap is reserved for such writing: Linux would refuse to map what is larger than memory and swap together.
+    """
     count = math.prod(shape)
     if file.stat().st_size != count * 4:
         raise ValueError(f"{file} is of another size")
-    return torch.from_file(str(file), shared=False, size=count, dtype=torch.float32).view(shape)
+    if not count:
+        return torch.empty(shape)
+    with file.open("rb") as opened:
+        memory = mmap.mmap(
+            opened.fileno(), 0, flags=mmap.MAP_PRIVATE | NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 def refuse_full_disk(folder: Path, need: int) -> None:

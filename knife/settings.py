@@ -1,21 +1,55 @@
-"""How a translation walks: the knobs and their defaults, without torch, so that --help can show them."""
+"""What a translation wants and how it walks: the knobs and their defaults, without torch, so that --help shows them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+LEVEL = 475  # L, where no calibration says better
+STEPS = 50  # of encoding, and again of decoding
+STRENGTH = 0.2  # where the loop cannot be closed
+FIRST, ROUNDS = 0.1, 3  # the strength that the closed loop begins with, and the times that it decodes an image
+OWN_ERROR = 0.5  # share of a guide's own error on clean images that is its tolerance
+
+
+class Wish(NamedTuple):
+    """What one task shall make of the images.
+
+    target: in the task's own terms, as 0.3, healthy, mask.nii; by:+15% and by:-0.02 count from what the image has.
+    weight: of its guidance against the usual. window: it guides from noise levels above the first, up to the second.
+    """
+
+    task: str
+    target: str
+    weight: float = 1.0
+    window: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a translation walks."""
 
-    noise_level: int = 475  # L: how far an image is encoded
-    steps: int = 50  # of encoding, and again of decoding
-    scale: float | None = None  # the paper's s, one for all; None: `strength` makes one for each image and step
-    strength: float = 0.2  # size of the guidance against that of the noise prediction, see `knife.ddim.balanced`
-    guide_above: int = 0  # noise levels from this one down are walked without guidance
+    noise_level: int | None = None  # L: how far an image is encoded; None: as the guide is calibrated, else LEVEL
+    steps: int | None = None  # of encoding, and again of decoding; None: STEPS, or L if that is less
+    scale: float | None = None  # the paper's s, one for all
+    strength: float | None = None  # size of the guidance against eps, see `knife.ddim.balanced`; with neither, the
+    tolerance: float | None = None  # strength of each image is raised until it is so near its target
     batch_size: int = 8
     control: bool = True  # decode unguided too, and add to the input only what guidance changed
     clamp: bool = False  # keep the predicted clean image x0 within the value range while decoding
+    auto_region: bool = False  # decode again, and let change only where guidance changed most
+    extrapolate: bool = False  # let targets lie beyond the values that a guide was trained on
+    max_reconstruction: float = 0.1  # error of the unguided round trip, of the range, above which an image is refused
     dtype: str = "same"  # what NIfTI results are stored as: the input's integer type if every value fits it, or float32
+
+    @property
+    def closed(self) -> bool:
+        """Tell whether the strength is adjusted for each image."""
+        return self.scale is None and self.strength is None
+
+    def at(self, level: int) -> "Settings":
+        """Return settings that say a noise level, if they do not yet, and steps."""
+        level = level if self.noise_level is None else self.noise_level
+        steps = min(STEPS, max(level, 1)) if self.steps is None else self.steps
+        return replace(self, noise_level=level, steps=steps)
 
 
 DEFAULTS = Settings()

@@ -1,5 +1,6 @@
 """What images a model sees, and the presets: a table of network sizes and training settings."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -36,6 +37,19 @@ class ImageSpec:
     def build_encoder(self, outputs: int) -> nn.Module:
         """Build an encoder: net(x [N, C, H, W], t [N]) -> [N, outputs]."""
         return Encoder(self.encoder, len(self.channels), outputs, self.size)
+
+    def for_judge(self) -> "ImageSpec":
+        """Return a spec for the judges of the same images: other networks than any preset's guides.
+
+        They are narrower, and attend at their coarsest grid alone. A stem folds pixels into channels of images whose
+        sides are above `JUDGED`, so that a judge stays cheap.
+        """
+        halvings = min((side & -side).bit_length() - 1 for side in self.size)  # of both sides without a rest
+        folds = min(halvings, max(0, math.ceil(math.log2(max(self.size) / JUDGED))))
+        unet, encoder = (
+            replace(arch, stem=2**folds, mult=arch.mult[: halvings - folds + 1]) for arch in (JUDGE_UNET, JUDGE_ENCODER)
+        )
+        return replace(self, unet=unet, encoder=encoder)
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec as plain JSON values."""
@@ -141,6 +155,9 @@ FACES = Architecture(128, (1, 1, 2, 3, 4), res_blocks=2, attention=(8,))
 BRATS = Architecture(128, (1, 1, 2, 2, 4, 4), res_blocks=2, attention=(16,), classes=2)
 GUIDE = Architecture(128, (1, 1, 2, 3, 4), 4, (4, 8, 16), head_width=64, scale_shift=True, updown=True)
 SMALL = Architecture(48, (1, 2, 3), res_blocks=1, attention=(8,), heads=2, groups=8, stem=2)
+JUDGE_UNET = Architecture(8, (1, 2, 4, 8), res_blocks=1, groups=4)
+JUDGE_ENCODER = Architecture(16, (1, 2, 4, 4), res_blocks=1, groups=8, pool="spatial")
+JUDGED = 64  # pixels a side, up to which a judge sees each of them
 SMALL_GUIDE = Architecture(32, (1, 2, 3), 1, (8,), heads=2, scale_shift=True, groups=8, stem=2, pool="mean")
 
 PRESETS = {

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +25,12 @@ from knife.files import write_safely
 from knife.image import Image, Source, is_image
 from knife.layouts import adopt_masks, cases_of
 from knife.outputs import Edit, Files, Translation, Unit, draw, refusing_disk, save
+from knife.preservation import preserved
 from knife.volume import Volume
 
 BRAIN = 0.1  # share of its pixels that makes a slice worth translating, where nothing else is said
 Span = tuple[int, int]  # first, last + 1
+PART = r"_slices\d+-\d+$"  # how `Stack.source` tells the slices that were asked for, at the end of a name
 FREE = ("batch_size", "dtype")  # settings that a slice's change does not depend on
 
 
@@ -35,18 +38,21 @@ FREE = ("batch_size", "dtype")  # settings that a slice's change does not depend
 class Stack:
     """A volume of which some slices are translated.
 
-    slices: their numbers, rising. mask: the outlined tumour beside it, [D, H, W] bool, if there is one.
+    slices: their numbers, rising. mask: the outlined tumour beside it, [D, H, W] bool, if there is one. wanted: the
+    slices that were asked for, if any were.
     """
 
     volume: Volume
     slices: tuple[int, ...]
     mask: Tensor | None = None
     crop: bool = False  # as of an Image
+    wanted: Span | None = None
 
     @property
     def source(self) -> Source:
-        """Return where the volume came from."""
-        return self.volume.source
+        """Return where the volume came from, and which part of it was asked for."""
+        part = f"slices{self.wanted[0]}-{self.wanted[1] - 1}" if self.wanted else ""
+        return replace(self.volume.source, part=part)
 
     @cached_property
     def images(self) -> list[Image]:
@@ -69,12 +75,12 @@ def open_stack(stack: Volume, wanted: Span | None) -> Stack:
     flat = stack.pixels.flatten(2)
     shows = (flat != flat[..., :1]).any(2).any(0).tolist()
     first, end = wanted or (0, stack.count)
-    least = 0.0 if wanted else BRAIN
-    chosen = [k for k in range(max(first, 0), min(end, stack.count)) if shows[k] and stack.brain(k) >= least]
+    there, least = range(max(first, 0), min(end, stack.count)), 0.0 if wanted else BRAIN
+    chosen = [k for k in there if shows[k] and stack.brain(k) >= least]
     if not chosen:
         asked = f"--slices {first}:{end}" if wanted else "none of its slices"
         raise InputError(f"{name}: {asked}: nothing to translate there; its axial slices are 0 to {stack.count - 1}.")
-    return Stack(stack, tuple(chosen), outlined(stack))
+    return Stack(stack, tuple(chosen), outlined(stack), wanted=(there.start, there.stop) if wanted else None)
 
 
 def outlined(stack: Volume) -> Tensor | None:
@@ -122,9 +128,9 @@ def place_of(files: Files) -> Path:
 def key_of(stack: Stack, about: Mapping[str, Any], edits: Sequence[Edit]) -> str:
     """Return a hash of all that a result depends on."""
     chosen = {name: value for name, value in about["settings"].items() if name not in FREE}
-    told = [about["knife"], about["task"], about["target"], chosen, [model["sha256"] for model in about["models"]]]
+    told = [about["knife"], about["wishes"], about["region"], chosen, [model["sha256"] for model in about["models"]]]
     hashed = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    asked = [tensor for edit in edits for tensor in (edit.target, edit.region) if tensor is not None]
+    asked = [tensor for edit in edits for tensor in (*edit.targets, edit.region) if tensor is not None]
     for tensor in (stack.volume.pixels, stack.volume.window, *asked):
         hashed.update(tensor.contiguous().numpy().tobytes())
     return hashed.hexdigest()
@@ -135,12 +141,14 @@ def kept(
 ) -> dict[int, Translation]:
     """Return the slices that an earlier call finished, slice number -> translation; what is damaged is done again."""
     done = {}
-    for k, (image, target, region) in zip(stack.slices, edits, strict=True):
+    for k, edit in zip(stack.slices, edits, strict=True):
         try:
             about = checkpoint.read_about(folder / f"{k}.safetensors")
             if about.get("key") == key:
-                change = checkpoint.read_tensors(folder / f"{k}.safetensors")["change"]
-                done[k] = Translation(image, image.plus(change, value_range, region), change, target, about["record"])
+                stored = checkpoint.read_tensors(folder / f"{k}.safetensors")
+                change, region = stored["change"], stored.get("region")  # an automatic one is known here alone
+                result = edit.image.plus(change, value_range, region)
+                done[k] = Translation(edit.image, result, change, edit.targets, about["record"], region=region)
         except (ModelError, KeyError):
             continue
     return done
@@ -149,29 +157,35 @@ def kept(
 def keep(translation: Translation, k: int, folder: Path, key: str) -> None:
     """Keep a finished slice until all are there."""
     about = {"key": key, "record": translation.record}
-    checkpoint.save(folder / f"{k}.safetensors", {"change": translation.change}, about)
+    region = {} if translation.region is None else {"region": translation.region}
+    checkpoint.save(folder / f"{k}.safetensors", {"change": translation.change, **region}, about)
 
 
 # -------------------------------------------------------------------------------------------------------------- the end
 
-OWN = ("before", "after", "along", "effect", "reconstruction", "seconds")  # what a record says of one slice alone
+OWN = (  # what a record says of one slice alone
+    "wanted", "before", "after", "along", "effect", "reconstruction", "error", "reached", "strength", "attempts",
+    "judge", "others", "preservation", "seconds",
+)  # fmt: skip
 
 
 def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: str) -> list[Translation]:
     """Write the volume, its difference map, panel, table and record; return its slices' translations.
 
-    A lone slice is written as an image of its own too. What was kept of the slices is removed.
+    A lone slice is written as an image of its own too. What was kept of the slices is removed, unless some failed: then
+    the same command tries those alone again.
 
     Raises:
         SettingsError: if the disk refuses.
     """
     whole = stack.volume
     said = {
-        k: {"slice": k, **{name: one.record[name] for name in OWN if name in one.record}, **changed(stack, k, one)}
+        k: {"slice": k, **own(one), "preservation": preserved(one.source, one.result, mask_on(stack, k, one))}
         for k, one in done.items()
     }
     result = whole.with_slices({k: one.result.pixels for k, one in done.items()})
     difference = (result.pixels - whole.pixels).abs().sum(0, keepdim=True)  # the paper's map: summed over channels
+    failed = [k for k in stack.slices if k not in done]
     most = max(done, key=lambda k: float(difference[0, k].sum()))
     record = {
         **{name: value for name, value in done[most].record.items() if name not in OWN},
@@ -179,6 +193,7 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
         "difference": "sum over the channels of |output - input|, in the intensities of the file",
         "panel": f"slice {most}, the one that changed most",
         "slices": list(said.values()),
+        "failed": failed,
     }
     with refusing_disk(files.record.parent):
         volume.write(result, files.image, dtype)
@@ -186,29 +201,23 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
         write_safely(files.panel, draw(done[most]))
         write_safely(table_of(files), table([row_of(one) for one in said.values()]))
         write_safely(files.record, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
-    if len(done) == 1:
+    if len(stack.slices) == 1:
         save(done[most], alone(files, most), dtype)
-    shutil.rmtree(place_of(files), ignore_errors=True)
+    if not failed:
+        shutil.rmtree(place_of(files), ignore_errors=True)
     return [replace(one, record={**one.record, **said[k]}, files=files) for k, one in done.items()]
 
 
-def changed(stack: Stack, k: int, one: Translation) -> dict[str, float | None]:
-    """Return how much a slice changed inside and outside the mask: means over pixels and channels, of the window."""
-    low, high = one.source.window[:, :, None, None].unbind(1)
-    change = ((one.result.pixels - one.source.pixels).abs() / (high - low)).mean(0)
-    brain, inside = ~one.source.background, mask_on(stack, k, one)
-    parts = {"changed_inside": brain & inside, "changed_outside": brain & ~inside}
-    return {name: round(float(change[part].mean()), 6) if part.any() else None for name, part in parts.items()}
+def own(one: Translation) -> dict[str, Any]:
+    """Return what a record says of one slice alone."""
+    return {name: one.record[name] for name in OWN if name in one.record}
 
 
-def mask_on(stack: Stack, k: int, one: Translation) -> Tensor:
-    """Return where a slice may well change, [H, W] bool: its outlined tumour, and the wanted one."""
-    inside = torch.zeros(one.source.pixels.shape[1:], dtype=torch.bool)
-    if stack.mask is not None:
-        inside |= stack.mask[k]
-    if one.wanted is not None:
-        inside |= one.wanted
-    return inside
+def mask_on(stack: Stack, k: int, one: Translation) -> Tensor | None:
+    """Return where a slice may well change, [1, H, W] bool: its outlined tumour, the wanted one and the region."""
+    region = None if one.region is None else one.region[0] > 0
+    masks = [mask for mask in (None if stack.mask is None else stack.mask[k], one.wanted, region) if mask is not None]
+    return torch.stack(masks).any(0, keepdim=True) if masks else None
 
 
 def row_of(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +226,8 @@ def row_of(said: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "slice": said["slice"],
         **seen,
-        **{name: said[name] for name in ("changed_inside", "changed_outside", "seconds")},
+        **{name: said["preservation"].get(name) for name in ("changed", "changed_inside", "changed_outside")},
+        "seconds": said["seconds"],
     }
 
 
@@ -231,13 +241,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def alone(files: Files, k: int) -> Files:
-    """Return where the only slice goes as an image of its own."""
-    return Files(
-        *(
-            file.with_name(f"{file.name[: len(files.record.stem)]}_slice{k}{file.name[len(files.record.stem) :]}")
-            for file in files
-        )
-    )
+    """Return where the only slice goes as an image of its own: its number takes the place of the range."""
+    stem = files.record.stem
+    named = f"{re.sub(PART, '', stem)}_slice{k}"
+    return Files(*(file.with_name(f"{named}{file.name[len(stem) :]}") for file in files))
 
 
 def table_of(files: Files) -> Path:

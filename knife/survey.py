@@ -54,6 +54,7 @@ class Look:
     sample: Array | None = None  # [C, n] pixels, all of them if they are few
     empty: int = 0  # images in which every pixel is the same
     synthetic: bool = False
+    filled: int = 0  # pixels of its files that were no number, and have been filled
     sizes: tuple[float, ...] = ()  # of the mask of each image that has one, relative to the brain; 0: it is empty
     labels: tuple[float, ...] = ()  # values in the masks, but for 0
     mask_fault: str = ""
@@ -64,6 +65,7 @@ def survey(
     layout: str | None = None,
     slices: tuple[int, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    fill: float | None = None,
 ) -> dict[str, Any]:
     """Return what a data folder holds, what to know about it (`notes`) and what is wrong with it (`problems`).
 
@@ -72,6 +74,7 @@ def survey(
         layout: the only layout to try; None: whichever fits.
         slices: first and last + 1 of each volume's axial slices; None: all of them.
         progress: called with the number of images and volumes that are done, and of all, about a hundred times.
+        fill: what stands for pixels that are NaN or infinite; None: such images cannot be read.
 
     Returns:
         A dict that is JSON: `problems` has lists of sentences by kind, each of which names files; none if all is well.
@@ -82,7 +85,7 @@ def survey(
     """
     folder, split_faults = opened(root, layout, slices)
     entries = settled(folder)
-    looks = look_at(by_volume(entries), progress or (lambda done, total: None))
+    looks = look_at(by_volume(entries), progress or (lambda done, total: None), fill)
     usual = usual_channels(looks)
     faults = {"left out": [*folder.skipped.values()], "splits": [*split_faults, *torn_patients(entries)]}
     return {
@@ -130,32 +133,35 @@ def gone(folder: Folder) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- looking
 
 
-def look_at(parts: Sequence[Sequence[Entry]], progress: Callable[[int, int], None]) -> list[Look]:
+def look_at(
+    parts: Sequence[Sequence[Entry]], progress: Callable[[int, int], None], fill: float | None = None
+) -> list[Look]:
     """Look at images and volumes, in parallel."""
     samples = max(LEAST, SAMPLE // max(len(parts), 1))
     volumes = any(part[0].slice is not None for part in parts)
     looks = []
     with ThreadPoolExecutor(data.VOLUMES_AT_ONCE if volumes else None) as pool:
-        for seen in pool.map(lambda part: look(part, samples), parts):
+        for seen in pool.map(lambda part: look(part, samples, fill), parts):
             looks.append(seen)
             if len(looks) % max(1, len(parts) // 100) == 0 or len(looks) == len(parts):
                 progress(len(looks), len(parts))
     return looks
 
 
-def look(part: Sequence[Entry], samples: int) -> Look:
+def look(part: Sequence[Entry], samples: int, fill: float | None = None) -> Look:
     """Look at one image, or at the slices of one volume."""
     entry = part[0]
     name = entry.name if entry.slice is None else entry.name.rpartition(":")[0]
     seen = Look(entry, name, len(part), tuple(data.content(file) for file in entry.files))
     try:
-        source: Image | Volume = picture_of(entry) if entry.slice is None else volume_of(entry)
+        source: Image | Volume = picture_of(entry, fill) if entry.slice is None else volume_of(entry, fill)
         seen = replace(
             seen,
             channels=named(entry, source.channels),
             stored=stored(source.source),
             shape=tuple(source.pixels.shape[1:]),
             synthetic=source.source.synthetic,
+            filled=source.source.filled,
         )
         seen = measured(seen, stack_of(source, part), samples)
     except InputError as error:
@@ -394,6 +400,8 @@ def notes(looks: Sequence[Look]) -> Iterator[str]:
         dark = [c for c, low, high in zip(look.channels, look.low, look.high, strict=True) if low == high]
         if 0 < len(dark) < len(look.channels):
             yield f"{look.name}: shows nothing in {', '.join(dark)}."
+        if look.filled:
+            yield f"{look.name}: {look.filled:,} of its pixels were no number, and have been filled."
         if len(look.labels) >= BLURRED:
             yield f"{look.name}: its mask has {len(look.labels)} labels; any above 0 counts, blurred edges too."
 

@@ -12,7 +12,7 @@ from knife import panel
 from knife.errors import InputError, SettingsError
 from knife.files import write_safely
 from knife.outputs import Translation, refusing_disk, safe
-from knife.settings import DEFAULTS, Settings
+from knife.settings import DEFAULTS, Settings, Wish
 from knife.translation import translate
 
 
@@ -37,7 +37,7 @@ def sweep(
         out: the folder to write the sheet into.
         settings: as for `translate`; steps beyond a noise level are cut to it.
         progress: called with (translations done, translations in all).
-        options: models, dataset, slices, region, device: as for `translate`.
+        options: models, dataset, slices, region, nan, device: as for `translate`.
 
     Returns:
         The translations, a list for each noise level, and the sheet's file.
@@ -48,11 +48,13 @@ def sweep(
     if not targets:
         raise SettingsError("--targets: none given; separate them by commas, as 0.02,0.05,0.1.")
     rows: list[list[Translation]] = []
-    cells = [(level, target) for level in levels or [settings.noise_level] for target in targets]
+    heights: Sequence[int | None] = levels or [settings.noise_level]
+    cells = [(level, target) for level in heights for target in targets]
     for done, (level, target) in enumerate(cells):
         progress(done, len(cells))
-        here = replace(settings, noise_level=level, steps=min(settings.steps, max(level, 1)))
-        results = translate(image, task, target, settings=here, **options)
+        steps = settings.steps if level is None or settings.steps is None else min(settings.steps, max(level, 1))
+        here = replace(settings, noise_level=level, steps=steps)
+        results = translate(image, Wish(task, target), settings=here, **options)
         if len(results) > 1:
             raise InputError(f"{image}: {len(results)} images, and a sheet shows one; name an image, or a --slice.")
         if done % len(targets) == 0:

@@ -209,7 +209,7 @@ class Task:
         return score
 
     def evaluate(
-        self, net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: Mapping[str, Any]
+        self, net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor | None", config: Mapping[str, Any]
     ) -> "dict[str, Tensor]":
         """Return the task's named numbers for each image, or nothing if it has none."""
         numbers = self.call("evaluate", net=net, x=x, t=t, target=target, config=config)

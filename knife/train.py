@@ -1,4 +1,4 @@
-"""The one training loop; a diffusion model and a task network differ in their loss alone.
+"""The one training loop; a diffusion model, a task network and a judge differ in their loss and their draws alone.
 
     prepare     read the data, let the task look at its labels     -> Job, which stays the same
     start       a fresh network, or where an earlier run stopped   -> State, which every step changes
@@ -7,9 +7,14 @@
 
 Every random draw is a function of (seed, step, purpose), so that a resumed run walks the same way as one that was never
 interrupted.
+
+A judge is a task network that measures results and never guides. So that it does not share its guide's mistakes, it
+has another architecture, draws other random numbers, and learns from clean images of half of the patients; a training
+with --spare-judge learns from the other half.
 """
 
 import copy
+import hashlib
 import json
 import math
 import platform
@@ -28,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from knife import __version__, data, layouts
 from knife.balance import Strata, capped, strata
-from knife.checkpoint import Card, describe, read_about, read_tensors, ready, save, write_safely
+from knife.checkpoint import Card, describe, file_name, read_about, read_tensors, ready, save, write_safely
 from knife.ddim import decode, gradient
 from knife.ddpm import hybrid_loss
 from knife.devices import enough_memory, precision
@@ -50,6 +55,7 @@ PATIENCE = 10  # steps in a row whose loss or gradient is not finite, before a r
 LOG_EVERY = 20  # steps a line of the log
 VALIDATED_ON = 64  # images at most
 NOISE, EPOCH, SHEET, CURVE, STEEPNESS, CHOICE, NETWORK, CAP, MATCH = range(9)  # what random numbers are drawn for
+JUDGES_DRAW = 0x6A75_6467  # turns a seed into a judge's
 BYTES_A_PARAMETER = 36  # the model 4, the state 16, and a new state beside the old one until it takes its place
 
 
@@ -84,6 +90,8 @@ class Run:
     every: int = 500  # steps between checkpoints and sheets
     command: str = ""  # the command line, for the record
     tensorboard: bool = False
+    judge: bool = False  # train a network that measures results, and never guides
+    spare_judge: bool = False  # leave out the half of the patients that judges learn from
 
     def __post_init__(self) -> None:
         if not self.dataset or Path(self.dataset).name != self.dataset or self.dataset.startswith("."):
@@ -103,6 +111,10 @@ class Run:
             raise SettingsError(f"--cap {self.cap}: give 1 or more.")
         if self.kind == "diffusion" and (self.balance or self.cap):
             raise SettingsError("--balance and --cap: a diffusion model has no labels to go by; give them to a task.")
+        if self.judge and self.kind == "diffusion":
+            raise SettingsError("--judge: a diffusion model tells nothing of an image; give a task instead.")
+        if self.judge and self.spare_judge:
+            raise SettingsError("--judge and --spare-judge: a judge learns from what others spare; give one of them.")
         if not 0 <= self.seed < 2**32:
             raise SettingsError(f"--seed {self.seed}: give 0 to {2**32 - 1}.")
         if not 1 <= self.accumulate <= self.batch:
@@ -111,7 +123,12 @@ class Run:
     @property
     def path(self) -> Path:
         """Return where the trained model goes."""
-        return self.models / self.dataset / f"{self.kind}.safetensors"
+        return self.models / self.dataset / file_name(self.kind, self.judge)
+
+    @property
+    def drawn_from(self) -> int:
+        """Return the seed of the run's draws: a judge's differ from those of a guide of the same seed."""
+        return self.seed ^ JUDGES_DRAW if self.judge else self.seed
 
     @property
     def at_once(self) -> int:
@@ -129,6 +146,7 @@ class Budget:
     """What a run is about to spend, and on what; said before the first step."""
 
     images: int
+    half: str  # in words, where not all of the patients are learnt from
     skipped: Mapping[str, str]  # name -> why
     layout: str
     parameters: int
@@ -232,7 +250,8 @@ def prepare(run: Run, watch: Watch) -> Job:
     others = some(folder.split("val")) if kind else []  # a diffusion model shows samples of its own
     channels = data.channels_of(entries)
     spec = replace(plan.spec(run.kind, channels), crop=run.crop)
-    card = Card(run.kind, run.dataset, spec, Schedule(run.schedule))
+    spec = spec.for_judge() if run.judge else spec
+    card = Card(run.kind, run.dataset, spec, Schedule(run.schedule), judge=run.judge)
     form = data.Form(channels, spec.size, spec.value_range, run.crop, run.mask_labels, run.min_brain)
     read = partial(data.load, form=form)
     first, total = len(entries), len(entries) + len(others)
@@ -241,6 +260,7 @@ def prepare(run: Run, watch: Watch) -> Job:
     place = run.models / PREPARED / key(inventory, form)
     loaded = prepared(place, entries, form, read, lambda done: watch.loading(done, total))
     held_out = read(others, progress=lambda done: watch.loading(first + done, total))
+    loaded = half_of(run, loaded, entries)
     refuse_too_few(run, loaded)
     card = replace(card, config=kind.configure(loaded.cases, run.label) if kind else {})
     examples, validation = (labelled(kind, part, card.config) for part in (loaded, held_out))
@@ -261,13 +281,32 @@ def prepare(run: Run, watch: Watch) -> Job:
     )
 
 
+def half_of(run: Run, loaded: data.Loaded, entries: Sequence[layouts.Entry]) -> data.Loaded:
+    """Leave out the patients that a judge, or a run that spares the judge's, does not learn from."""
+    if not (run.judge or run.spare_judge):
+        return loaded
+    names = {entry.name for entry in entries if is_judges(entry.key) == run.judge}
+    skipped = {name: why for name, why in loaded.skipped.items() if name in names}
+    return data.Loaded([case for case in loaded.cases if case.name in names], skipped)
+
+
+def is_judges(patient: str) -> bool:
+    """Tell whether judges learn from a patient: from about half of them, told by a hash of the name."""
+    return hashlib.sha256(layouts.encoded(f"judge {patient}")).digest()[0] < 128
+
+
+def which_half(run: Run) -> str:
+    """Say which patients are learnt from, if not from all."""
+    return "of the judge's half" if run.judge else "without the judge's half" if run.spare_judge else ""
+
+
 def sampled(
     run: Run, examples: list[Example], loaded: data.Loaded, sliced: Sequence[layouts.Entry]
 ) -> tuple[list[Example], Strata | None]:
     """Leave out what --cap says, and sort what stays for --balance, by the heights of entries in `sliced` too."""
     names = [case.name for case in loaded.cases]
     if run.cap is not None:
-        kept = capped([label for _, label in examples], run.cap, generator(run.seed, 0, CAP))
+        kept = capped([label for _, label in examples], run.cap, generator(run.drawn_from, 0, CAP))
         examples, names = [examples[i] for i in kept], [names[i] for i in kept]
     if not run.balance:
         return examples, None
@@ -286,7 +325,8 @@ def refuse_too_few(run: Run, loaded: data.Loaded) -> None:
     """Refuse fewer than two images."""
     if len(loaded.cases) < 2:
         reason = next(iter(loaded.skipped.values()), "there are no more")
-        raise InputError(f"--data {run.data}: too few images to train on, {len(loaded.cases)} ({reason}); give more.")
+        found = f"{len(loaded.cases)} {which_half(run)}".strip()
+        raise InputError(f"--data {run.data}: too few images to train on, {found} ({reason}); give more.")
 
 
 def labelled(kind: Task | None, loaded: data.Loaded, config: Mapping[str, Any]) -> list[Example]:
@@ -337,6 +377,7 @@ def budget(state: State, job: Job) -> Budget:
     refuse_full_disk(job.run.path.parent, parameters * BYTES_A_PARAMETER)
     return Budget(
         images=len(job.examples),
+        half=which_half(job.run),
         skipped=job.skipped,
         layout=job.folder.layout,
         parameters=parameters,
@@ -395,17 +436,18 @@ def batch_of(step: int, run: Run, count: int, kinds: Strata | None = None) -> li
     """
     places = range(step * run.batch, (step + 1) * run.batch)
     if kinds:
-        order, random = partial(order_of, run.seed), partial(generator, run.seed, purpose=MATCH)
+        order, random = partial(order_of, run.drawn_from), partial(generator, run.drawn_from, purpose=MATCH)
         return [kinds.draw(place, order, random) for place in places]
     epochs = {i // count for i in places}
-    orders = {epoch: order_of(run.seed, epoch, count) for epoch in epochs}
+    orders = {epoch: order_of(run.drawn_from, epoch, count) for epoch in epochs}
     return [orders[i // count][i % count] for i in places]
 
 
 def draw(run: Run, step: int, x0: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Draw the noise levels 1..T [N] and the noise [N, C, H, W] of a step."""
-    g = generator(run.seed, step, NOISE)
-    return torch.randint(1, T + 1, (len(x0),), generator=g), torch.randn(x0.shape, generator=g)
+    """Draw the noise levels 1..T [N] and the noise [N, C, H, W] of a step; a judge sees level 0 alone."""
+    g = generator(run.drawn_from, step, NOISE)
+    level = torch.randint(1, T + 1, (len(x0),), generator=g)
+    return torch.zeros_like(level) if run.judge else level, torch.randn(x0.shape, generator=g)
 
 
 def backward(net: nn.Module, step: int, job: Job) -> float:
@@ -413,7 +455,7 @@ def backward(net: nn.Module, step: int, job: Job) -> float:
     run, loss = job.run, loss_of(job.task, job.card.schedule)
     x0, labels = stacked([job.examples[i] for i in batch_of(step, run, len(job.examples), job.strata)])
     level, eps = draw(run, step, x0, job.card.schedule.T)
-    torch.manual_seed(seed_of(run.seed, step, NETWORK))  # for networks that draw on their own, as dropout does
+    torch.manual_seed(seed_of(run.drawn_from, step, NETWORK))  # for networks that draw on their own, as dropout does
     total = 0.0
     for part in torch.arange(len(x0)).chunk(run.accumulate):
         x, label, k, e = (tensor[part].to(run.device) for tensor in (x0, labels, level, eps))
@@ -471,7 +513,7 @@ def time_a_step(state: State, job: Job) -> float:
 def start(job: Job) -> State:
     """Return the state of an earlier run of the same settings, or a fresh one."""
     run = job.run
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.drawn_from)
     net = ready(job.card.build(), run.device)
     state = State(
         net, AveragedModel(net, multi_avg_fn=averaging(run.ema)), torch.optim.Adam(net.parameters(), lr=run.lr)
@@ -574,8 +616,8 @@ def keep(state: State, job: Job, log: "Log", watch: Watch) -> int:
         )
     log.write()
     with precision(run.device):
-        guidance = {"gradient": steepness(job, job.task, ema)} if job.task else {}
-        drawn = error_curve(job, job.task, ema) if job.task else samples(ema, job.card)
+        guidance = measured(job, job.task, ema) if job.task else {}
+        drawn = sheet_of(job, job.task, ema) if job.task else samples(ema, job.card)
     training = {**record(state, job), **origin(job), "loss": mean(log.losses)}
     save(run.path, ema.state_dict(), replace(job.card, guidance=guidance, training=training).to_json())
     save(resume_path(run), tensors, {**record(state, job), "files": dict(job.inventory)})
@@ -623,6 +665,45 @@ def samples(net: nn.Module, card: Card, count: int = 8, steps: int = 50) -> byte
     x = torch.randn(shape, generator=generator(0, 0, SHEET)).to(device)
     x = decode(net, x, card.schedule, path(card.schedule.T, steps), clamp=card.spec.value_range)
     return grid(x.cpu(), card.spec.value_range)
+
+
+def measured(job: Job, kind: Task, net: nn.Module) -> dict[str, float]:
+    """Return what the card tells of a task network: how steep a guide's score is, and the mean error at level 0."""
+    found = {} if job.run.judge else {"gradient": steepness(job, kind, net)}
+    errors = clean_errors(job, kind, net)
+    if errors is not None and bool(errors.isfinite().all()):  # a distance to an empty mask may have no end
+        found["error"] = float(errors.mean())
+    return found
+
+
+@torch.no_grad()
+def clean_errors(job: Job, kind: Task, net: nn.Module) -> Tensor | None:
+    """Return how far from the truth each validation image is told at noise level 0, [N], in the user's units.
+
+    It is how well the network can tell at all. None if the task has no hook for it.
+    """
+    config = job.card.config
+    parts = [kind.error(net, x, timestep(at_level(0, x)), y, config) for x, y, _ in validation(job, CURVE)]
+    told = [part.float().cpu() for part in parts if part is not None]
+    return torch.cat(told) if told else None
+
+
+def sheet_of(job: Job, kind: Task, net: nn.Module) -> bytes:
+    """Draw how good a task network is: a guide at every noise level, a judge from its best to its worst image."""
+    if not job.run.judge:
+        return error_curve(job, kind, net)
+    errors, what = clean_errors(job, kind, net), "error"
+    if errors is None:
+        errors, what = clean_losses(job, kind, net), "loss"
+    best_first = errors.sort().values.tolist()
+    return curve(range(1, len(best_first) + 1), best_first, "images, best to worst,", f"judge of {kind.name}: {what}")
+
+
+@torch.no_grad()
+def clean_losses(job: Job, kind: Task, net: nn.Module) -> Tensor:
+    """Return the loss of each validation image at noise level 0, [N]."""
+    parts = [(x[i : i + 1], y[i : i + 1]) for x, y, _ in validation(job, CURVE) for i in range(len(x))]
+    return torch.stack([kind.train(net, x, timestep(at_level(0, x)), y).cpu() for x, y in parts])
 
 
 @torch.no_grad()
@@ -674,12 +755,12 @@ class Log:
     """Loss and speed as JSON lines, one for every twenty steps, and for TensorBoard if its writer is given."""
 
     def __init__(self, job: Job, state: State, writer: Any = None) -> None:
-        folder, self.batch = job.run.path.parent, job.run.batch
+        board, self.batch = job.run.path.parent / "tensorboard" / job.run.path.stem, job.run.batch
         self.path = job.run.path.with_suffix(".log.jsonl")
         self.lines = earlier_lines(self.path, state.step)
         self.losses: deque[float] = deque(maxlen=200)  # finite ones
         self.since = (state.step, state.skipped, state.seconds)  # at the last line
-        self.board = writer(str(folder / "tensorboard" / job.run.kind), purge_step=state.step + 1) if writer else None
+        self.board = writer(str(board), purge_step=state.step + 1) if writer else None
 
     def step(self, state: State, loss: float) -> None:
         """Take note of a step."""

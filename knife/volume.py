@@ -1,8 +1,8 @@
 """Whole volumes: their axial slices as images, and back again.
 
-A volume is one 3-D NIfTI file, one file for each MR sequence, or one 4-D file [X, Y, Z, C]. Which slices are axial is
-told by the affine and not by the order of the axes; a slice's number is its index along that axis, as other programs
-show it. Intensities are windowed over the whole volume, so that neighbouring slices stay comparable.
+A volume is one 3-D NIfTI file, one file for each MR sequence, or one file [X, Y, Z, C] or [X, Y, Z, 1, C]. Which
+slices are axial is told by the affine and not by the order of the axes; a slice's number is its index along that axis,
+as other programs show it. Intensities are windowed over the whole volume, so that neighbouring slices stay comparable.
 """
 
 import math
@@ -141,48 +141,52 @@ def axial_count(path: Place) -> int | None:
     with refusing(path, "a NIfTI file"), regular(path) as file:
         _, _, header = nifti.begin(file, path)
         shape, _, _ = nifti.checked_header(header, path)
-        return shape[nifti.axial_axis(nifti.affine_of(header, path))] if nifti.is_volume(shape) else None
+        return shape[nifti.axial_axis(nifti.affine_of(header, path))] if nifti.is_volume(shape, header) else None
 
 
-def open_volume(paths: Place | Sequence[Place]) -> Volume:
+def open_volume(paths: Place | Sequence[Place], fill: float | None = None) -> Volume:
     """Read a volume from a file, from a folder of one case or from several files, one for each MR sequence.
+
+    fill: what stands for voxels that are NaN or infinite; None: they are refused.
 
     Raises InputError, and nothing else, if a file cannot be used, is no volume, or their grids differ.
     """
     given = [Path(paths)] if isinstance(paths, Path | str) else [Path(p) for p in paths]
     if len(given) == 1 and not given[0].is_dir():
-        return decoded(given[0])
+        return decoded(given[0], fill)
     named = sequence_files(given[0]) if len(given) == 1 else by_sequence(given)
     if not named:
         raise InputError(f"{shown(given[0])}: a folder without NIfTI files named t1, t1ce, t2 or flair; give a file.")
-    return joined(tuple(named), [decoded(file) for file in named.values()])
+    return joined(tuple(named), [decoded(file, fill) for file in named.values()])
 
 
-def decoded(path: Path) -> Volume:
-    """Read one file of a volume."""
+def decoded(path: Path, fill: float | None = None, thin: bool = False) -> Volume:
+    """Read one file of a volume; `thin` takes [X, Y, Z <= 8] for one in any case, and never for channels."""
     with refusing(path, "a NIfTI file"), regular(path) as file:
         stream, head, header = nifti.begin(file, path)
         shape, dtype, offset = nifti.checked_header(header, path)
-        if not nifti.is_volume(shape) or math.prod(shape[4:]) != 1:
-            raise InputError(
-                f"{shown(path)}: {' x '.join(map(str, shape))} voxels are no volume [X, Y, Z] or [X, Y, Z, C]."
-            )
+        is_volume = nifti.is_volume(shape, header) or (thin and len(shape) == 3 and min(shape) > 1)
+        if not is_volume or sum(n > 1 for n in shape[3:]) > 1:
+            size = " x ".join(map(str, shape))
+            raise InputError(f"{shown(path)}: {size} voxels are no volume [X, Y, Z], [X, Y, Z, C] or [X, Y, Z, 1, C].")
         if math.prod(shape) > MAX_VOXELS:
             raise InputError(f"{shown(path)}: its header declares more than {MAX_VOXELS} voxels; crop it first.")
         affine = nifti.affine_of(header, path)
         data = nifti.read_to_end(stream, head, offset + math.prod(shape) * dtype.itemsize, path)
         values = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(*shape[:3], -1, order="F")
-        return stacked(values, header, affine, shape, path)
+        return stacked(values, header, affine, shape, path, fill)
 
 
-def stacked(values: Array, header: Header, affine: Array, shape: tuple[int, ...], path: Path) -> Volume:
+def stacked(
+    values: Array, header: Header, affine: Array, shape: tuple[int, ...], path: Path, fill: float | None = None
+) -> Volume:
     """Return voxels [X, Y, Z, C] as a stack of displayed axial slices."""
     axis, count = nifti.axial_axis(affine), values.shape[3]
     planes = np.moveaxis(values, (3, axis), (0, 1))  # [C, D, a, b]
-    pixels, kept = nifti.intensities(planes.reshape(-1, *planes.shape[2:]), header, path)
+    pixels, kept, filled = nifti.intensities(planes.reshape(-1, *planes.shape[2:]), header, path, fill)
     one, two = (i for i in range(3) if i != axis)
     orientation, frame = nifti.oriented(affine, (one, two), planes.shape[2:])
-    file = Nifti(nifti.geometry(header), shape, shape[:3], orientation, frame, kept)
+    file = Nifti(nifti.geometry(header), shape, shape[:3], orientation, frame, kept, filled)
     stack = nifti.displayed(pixels, orientation)
     name = mr_name(path) if count == 1 else None
     channels = (name,) if name else tuple(map(str, range(count)))
@@ -233,7 +237,7 @@ def mask_volume(path: Path) -> Volume:
 
 @lru_cache(maxsize=4)
 def _mask_volume(path: Path, mtime: int, size: int) -> Volume:
-    return decoded(path)
+    return decoded(path, thin=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

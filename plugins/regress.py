@@ -78,8 +78,9 @@ def target(text: str, config: Mapping[str, Any]) -> Tensor:
         number = float(text)
     except ValueError:
         raise TargetError(f"--target {text}: not a number; {wanted}.") from None
-    if not low <= number <= high:
-        raise TargetError(f"--target {text}: outside the values the model was trained on; {wanted}.")
+    if not low <= number <= high and not (config.get("extrapolate") and math.isfinite(number)):
+        advice = f"{wanted}, or allow it with --allow-extrapolation"
+        raise TargetError(f"--target {text}: outside the values the model was trained on; {advice}.")
     return torch.tensor((number - config["mean"]) / config["std"])
 
 

@@ -64,10 +64,11 @@ def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
 
 
 @hookimpl
-def evaluate(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Return the share of the image that is segmented, and its Dice overlap with the wanted mask."""
+def evaluate(net: nn.Module, x: Tensor, t: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+    """Return the share of the image that is segmented, and its Dice overlap with the wanted mask, if there is one."""
     found = (net(x, t)[:, :1] > 0).float()
-    return {"area": found.mean((1, 2, 3)), "dice": dice(found, target)}
+    area = {"area": found.mean((1, 2, 3))}
+    return area if target is None else {**area, "dice": dice(found, target)}
 
 
 @hookimpl

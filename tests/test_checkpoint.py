@@ -11,7 +11,18 @@ import torch
 from safetensors.torch import save as serialise
 
 from knife import checkpoint
-from knife.checkpoint import Card, Stored, check_fit, describe, digest, load, load_model, save, stored_models
+from knife.checkpoint import (
+    Card,
+    Stored,
+    check_fit,
+    describe,
+    digest,
+    file_name,
+    load,
+    load_model,
+    save,
+    stored_models,
+)
 from knife.errors import KnifeError, ModelError, TaskError
 from knife.schedule import Schedule
 from knife.spec import ImageSpec
@@ -243,6 +254,15 @@ def test_stored_models_are_sorted_and_training_states_left_out(tmp_path: Path) -
         "b/segment",
     ]
     assert stored_models(tmp_path / "gone") == []
+
+
+def test_judges_are_listed_with_the_guides_and_stay_judges(tmp_path: Path) -> None:
+    for judge in (False, True):
+        card = replace(CARD, kind="segment", judge=judge)
+        store(tmp_path / "squares" / file_name("segment", judge), card)
+    store(tmp_path / "squares" / "segment.judge.resume.safetensors")
+    found = {stored.path.name: stored.card.judge for stored in stored_models(tmp_path)}
+    assert found == {"segment.judge.safetensors": True, "segment.safetensors": False}
 
 
 def test_a_damaged_model_does_not_hide_the_others(tmp_path: Path) -> None:

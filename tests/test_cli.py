@@ -518,6 +518,8 @@ def test_without_any_models_the_next_step_is_said(run, images, monkeypatch, tmp_
         (("train", "diffusion", "--data", ".", "--device", "cuda:7"), "--device cuda:7: not there"),
         (("train", "diffusion", "--data", ".", "--steps", "0"), "--steps 0: give 1"),
         (("train", "diffusion", "--data", "."), "--data .: no images in there"),
+        (("train", "diffusion", "--data", ".", "--judge"), "--judge: a diffusion model tells nothing of an image"),
+        (("train", "regress", "--data", ".", "--judge", "--spare-judge"), "--judge and --spare-judge: a judge learns"),
         (("info", "nowhere.nii"), "nowhere.nii: no such file"),
         (("info", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
         (("phantom", "out", "--count", "0"), "count is 0"),
@@ -708,6 +710,19 @@ def test_a_training_that_ends_prints_its_model(run, data, monkeypatch):
     assert "parameters; steps 0 to 3, " in done.err
     assert "; cpu: as asked for." in done.err
     assert "step 3/3, loss " in done.err
+
+
+def test_a_judge_is_trained_and_listed_beside_its_guide(run, data, monkeypatch):
+    row = Preset("tiny", (16, 16), None, TINY, TINY, TINY, {"diffusion": Training(1, 4), "task": Training(1, 4)})
+    monkeypatch.setitem(spec.PRESETS, "tiny", row)
+    command = ("train", "regress", "--data", data, "--preset", "tiny", "--dataset", "toy", "--device", "cpu")
+    said = {option: run(*command, *option).err for option in ((), ("--judge",))}
+    assert "8 images (manifest" in said[()]
+    assert re.search(r"[1-7] images of the judge's half \(manifest", said["--judge",])
+    rows = json.loads(run("models", "list", "--json").out)
+    assert [(row["kind"], row["judge"]) for row in rows if row["dataset"] == "toy"] == [
+        ("regress", True), ("regress", False),
+    ]  # fmt: skip
 
 
 def test_a_signal_while_images_are_read_ends_it(run, data, monkeypatch):

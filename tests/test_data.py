@@ -1,5 +1,7 @@
 """What cannot be read is skipped with its reason, volumes are opened once, and other data are told from these."""
 
+import errno
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -33,6 +35,31 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path) -> None:
     assert set(loaded.skipped) == {"colour.png", "constant.png", "torn.png", "text.jpg"}
     assert loaded.skipped["colour.png"] == "colour.png: 3 channels, the others have 1 (grey)."
     assert "constant" in loaded.skipped["constant.png"]
+
+
+def test_what_the_system_refuses_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("good.png", "gone.png", "sick.png"):
+        picture(tmp_path / name)
+    good = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(good[:50])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.tif").write_text("no picture at all")
+    whole = volume_(tmp_path / "whole.nii.gz", depth=3).read_bytes()
+    (tmp_path / "torn.nii.gz").write_bytes(whole[:-9])
+    entries = open_folder(tmp_path, layout="flat").entries
+    (tmp_path / "gone.png").unlink()
+    real = os.open
+
+    def stumble(path: Path, *rest: int) -> int:
+        if Path(path).name == "sick.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", stumble)
+    loaded = load(entries, Form(("grey",), SIZE, RANGE))
+    assert loaded.passing == {"gone.png", "sick.png"}
+    assert {"torn.png", "empty.png", "text.tif"} < set(loaded.skipped)
+    assert any(name.startswith("torn.nii.gz") for name in loaded.skipped)
 
 
 def test_most_of_the_images_decide_on_the_channels(tmp_path: Path) -> None:
@@ -152,9 +179,9 @@ def test_slices_of_volumes_with_their_masks(patients: Path) -> None:
 def test_a_volume_is_opened_once(patients: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
-    def counting(path: Path) -> volume.Volume:
+    def counting(path: Path, *rest: float | None) -> volume.Volume:
         opened.append(path.name)
-        return kept(path)
+        return kept(path, *rest)
 
     kept = volume.open_volume
     monkeypatch.setattr(data.volume, "open_volume", counting)

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from knife.ddim import balanced, decode, decode_with_control, encode, gradient, keep_outside
+from knife.ddim import Guidance, balanced, decode, decode_with_control, encode, gradient, keep_outside
 from knife.schedule import Schedule, path
 
 KINDS = ("linear", "cosine")
@@ -162,7 +162,7 @@ def test_exact_guidance_is_unguided_decoding_of_the_posterior(kind, noise_level,
         return (1 - ab).sqrt() * torch.linalg.solve(covariance, deviation.T).T.view(shape)
 
     prior_eps = gaussian_eps(schedule, mean.view(1, *shape[1:]), std**2, levels[:0:-1])
-    guided = decode(prior_eps, x, schedule, levels, score, scale=1.0)
+    guided = decode(prior_eps, x, schedule, levels, [Guidance(score, 1.0)])
     torch.testing.assert_close(guided, decode(posterior_eps, x, schedule, levels), rtol=0, atol=1e-10)
 
 
@@ -176,7 +176,7 @@ def test_guidance_by_a_linear_regressor_changes_the_image_along_its_weights_alon
 
     def guided(target):
         net = gaussian_eps(schedule, 0.2, 0.25, levels[:0:-1])
-        return decode(net, x, schedule, levels, lambda x, t: -0.5 * (predicted(x) - target) ** 2, scale=0.5)
+        return decode(net, x, schedule, levels, [Guidance(lambda x, t: -0.5 * (predicted(x) - target) ** 2, 0.5)])
 
     results = [guided(target) for target in (-4.0, -1.0, 2.0, 5.0)]
     for result in results:
@@ -192,7 +192,7 @@ def test_guidance_by_a_linear_regressor_changes_the_image_along_its_weights_alon
 def test_scale_zero_is_bit_for_bit_unguided(clamp, dtype):
     schedule, levels, x = Schedule(), path(300, 12), normal(2, 1, 4, 4).to(dtype)
     net = lambda x, t: torch.sin(3 * x)  # noqa: E731
-    guided = decode(net, x, schedule, levels, lambda x, t: x.flatten(1).sum(1), scale=0.0, clamp=clamp)
+    guided = decode(net, x, schedule, levels, [Guidance(lambda x, t: x.flatten(1).sum(1), 0.0)], clamp)
     assert torch.equal(guided, decode(net, x, schedule, levels, clamp=clamp))
 
 
@@ -228,11 +228,11 @@ def test_balanced_decoding_takes_the_step_with_its_scale():
     schedule, x = Schedule(), normal(2, 1, 4, 4)
     score = lambda x, t: -0.5 * (x - 1).square().flatten(1).sum(1)  # noqa: E731
     net = lambda x, t: 0.1 * x  # noqa: E731
-    found = decode(net, x, schedule, [100, 200], score, balanced(0.3, 0.5))
+    found = decode(net, x, schedule, [100, 200], [Guidance(score, balanced(0.3, 0.5))])
     g, ab = 1 - x, schedule.alpha_bar
     s = balanced(0.3, 0.5)(g, ab[200])
     for i in range(2):
-        one = decode(net, x[i : i + 1], schedule, [100, 200], score, float(s[i]))
+        one = decode(net, x[i : i + 1], schedule, [100, 200], [Guidance(score, float(s[i]))])
         torch.testing.assert_close(found[i : i + 1], one)
 
 
@@ -241,11 +241,11 @@ def test_a_control_is_the_unguided_decode_in_the_same_batch(scale):
     schedule, levels, x = Schedule(), [0, 50, 100, 200], normal(2, 1, 4, 4)
     net = lambda x, t: torch.tanh(x) * 0.3  # noqa: E731
     score = lambda x, t: -0.5 * (x - 1).square().flatten(1).sum(1)  # noqa: E731
-    guided, control = decode_with_control(net, x, schedule, levels, score, scale)
-    torch.testing.assert_close(guided, decode(net, x, schedule, levels, score, scale))
+    guided, control = decode_with_control(net, x, schedule, levels, [Guidance(score, scale)])
+    torch.testing.assert_close(guided, decode(net, x, schedule, levels, [Guidance(score, scale)]))
     torch.testing.assert_close(control, decode(net, x, schedule, levels))
     assert not torch.allclose(guided, control)
-    same, also = decode_with_control(net, x, schedule, levels, score, 0.0)
+    same, also = decode_with_control(net, x, schedule, levels, [Guidance(score, 0.0)])
     assert torch.equal(same, also)
     assert torch.equal(same, decode(net, x, schedule, levels))
 
@@ -261,14 +261,14 @@ def test_what_lies_outside_a_region_stays_where_encoding_led_it():
     region[1, :, 4:] = 0.5
     hold, seen = keep_outside(region, trajectory), []
     guided, control = decode_with_control(
-        net, noisy, schedule, levels, score, 0.5, hold=hold, track=lambda k, x: seen.append((k, x))
+        net, noisy, schedule, levels, [Guidance(score, 0.5)], hold=hold, track=lambda k, x: seen.append((k, x))
     )
     for image, outside in ((0, slice(4, None)), (1, slice(0, 4))):
         for level, both in seen:
             for one in both.chunk(2):
                 assert torch.equal(one[image, :, outside], trajectory[level][image, :, outside])
         assert torch.equal(guided[image, :, outside], control[image, :, outside])
-    free = decode(net, noisy, schedule, levels, score, 0.5)
+    free = decode(net, noisy, schedule, levels, [Guidance(score, 0.5)])
     assert (guided[0, :, :4] - x[0, :, :4]).abs().mean() > 0.3 * (free[0, :, :4] - x[0, :, :4]).abs().mean()
     assert not torch.equal(guided[1, :, 4:], control[1, :, 4:])
 
@@ -282,24 +282,59 @@ def test_steps_from_a_level_down_are_not_guided():
 
     schedule, levels, x = Schedule(), [0, 50, 100, 200, 300], normal(1, 1, 2, 2)
     net = lambda x, t: torch.tanh(x)  # noqa: E731
-    found = decode(net, x, schedule, levels, score, 0.5, above=100)
+    found = decode(net, x, schedule, levels, [Guidance(score, 0.5, low=100)])
     assert asked == [299, 199]
-    half = decode(net, x, schedule, [100, 200, 300], score, 0.5)
+    half = decode(net, x, schedule, [100, 200, 300], [Guidance(score, 0.5)])
     torch.testing.assert_close(found, decode(net, half, schedule, [0, 50, 100]))
+
+
+def test_a_guide_pulls_up_to_a_level():
+    asked = []
+
+    def score(x, t):
+        asked.append(int(t[0]))
+        return x.flatten(1).sum(1)
+
+    decode(lambda x, t: 0 * x, normal(1, 1, 2, 2), Schedule(), [0, 50, 100, 200], [Guidance(score, 0.5, 50, 100)])
+    assert asked == [99]
+
+
+def test_pulls_of_several_guides_add_up():
+    """Two linear scores at scales a and b pull as one score a u + b v does at scale 1."""
+    schedule, levels, x = Schedule(), path(300, 12), normal(2, 1, 4, 4)
+    u, v = (lambda x, t: x.flatten(1).sum(1)), (lambda x, t: x[:, 0, 0].pow(2).sum(1))
+    net = lambda x, t: torch.tanh(x)  # noqa: E731
+    both = decode(net, x, schedule, levels, [Guidance(u, 0.3), Guidance(v, 0.7)])
+    torch.testing.assert_close(both, decode(net, x, schedule, levels, [Guidance(v, 0.7), Guidance(u, 0.3)]))
+    one = decode(net, x, schedule, levels, [Guidance(lambda x, t: 0.3 * u(x, t) + 0.7 * v(x, t), 1.0)])
+    torch.testing.assert_close(both, one)
+    guided, control = decode_with_control(net, x, schedule, levels, [Guidance(u, 0.3), Guidance(v, 0.7)])
+    torch.testing.assert_close(guided, both)
+    torch.testing.assert_close(control, decode(net, x, schedule, levels))
+
+
+def test_each_image_of_a_batch_may_have_a_strength_of_its_own():
+    alpha_bar, g = Schedule().alpha_bar[100], normal(2, 2, 8, 8)
+    both = balanced(torch.tensor([0.1, 0.4]), 0.01)(g, alpha_bar)
+    for i, strength in enumerate((0.1, 0.4)):
+        torch.testing.assert_close(
+            both[i : i + 1], balanced(strength, 0.01)(g[i : i + 1], alpha_bar), rtol=1e-6, atol=0
+        )
 
 
 def test_scale_zero_does_not_ask_the_guide():
     def score(x, t):
         raise AssertionError
 
-    decode(lambda x, t: x, normal(1, 1, 2, 2), Schedule(), [0, 10], score, scale=0)
+    decode(lambda x, t: x, normal(1, 1, 2, 2), Schedule(), [0, 10], [Guidance(score, 0)])
 
 
 def test_opposite_scores_pull_in_opposite_directions():
     schedule, levels, x = Schedule(), path(300, 12), normal(2, 1, 4, 4)
     net = lambda x, t: 0.5 * x  # noqa: E731
     up, unguided, down = (
-        decode(net, x, schedule, levels, lambda x, t, s=sign: s * x.flatten(1).sum(1), scale=0.1) for sign in (1, 0, -1)
+        decode(net, x, schedule, levels, [Guidance(lambda x, t, s=sign: s * x.flatten(1).sum(1), 0.1)])
+        for sign in (1, 0, -1)
     )
     assert (up > unguided).all()
     torch.testing.assert_close(up - unguided, unguided - down, rtol=1e-9, atol=1e-12)
@@ -328,7 +363,7 @@ def test_no_gradient_flows_through_the_diffusion_network():
     net, guide = Watched(4), Watched(1)
     x = normal(2, 2, 4, 4).requires_grad_()
     noisy = encode(net, x, schedule, levels)
-    result = decode(net, noisy, schedule, levels, lambda x, t: guide(x, t).mean((1, 2, 3)), scale=3)
+    result = decode(net, noisy, schedule, levels, [Guidance(lambda x, t: guide(x, t).mean((1, 2, 3)), 3)])
     assert net.asked == [False] * 16
     assert guide.asked == [True] * 8
     assert not result.requires_grad
@@ -342,7 +377,7 @@ def test_a_network_that_refuses_autograd_can_be_translated_with():
         return x
 
     with torch.enable_grad():
-        decode(net, normal(1, 1, 2, 2), Schedule(), [0, 10, 20], lambda x, t: x.flatten(1).sum(1), scale=1)
+        decode(net, normal(1, 1, 2, 2), Schedule(), [0, 10, 20], [Guidance(lambda x, t: x.flatten(1).sum(1), 1)])
 
 
 def test_gradient_is_of_each_image_alone():
@@ -356,7 +391,8 @@ def test_gradient_is_of_each_image_alone():
 def test_images_of_a_batch_do_not_see_each_other():
     schedule, levels, x = Schedule(), path(300, 9), normal(3, 1, 4, 4)
     net = lambda x, t: torch.sin(x) * (1 + t.view(-1, 1, 1, 1) / 1000)  # noqa: E731
-    translate = lambda x: decode(net, x, schedule, levels, lambda x, t: -(x**2).sum((1, 2, 3)), 0.3)  # noqa: E731
+    guidance = [Guidance(lambda x, t: -(x**2).sum((1, 2, 3)), 0.3)]
+    translate = lambda x: decode(net, x, schedule, levels, guidance)  # noqa: E731
     assert torch.equal(translate(x), torch.cat([translate(one) for one in x.split(1)]))
 
 

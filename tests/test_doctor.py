@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from knife import __version__, doctor, ops
-from knife.checkpoint import digest
+from knife.checkpoint import describe, digest, save
 from knife.errors import InputError, ModelError, OpsError
 from knife.tasks import Plugin
 
@@ -93,12 +94,24 @@ def test_models_are_listed_with_the_shipped_ones_behind(models, monkeypatch, tmp
     ]
     assert len(rows) == 3 + 8
     assert rows[0] == {
-        "dataset": "mine", "kind": "diffusion", "channels": ["r", "g", "b"], "size": [16, 16], "learnt": "",
-        "steps": 7, "path": str(own / "mine" / "diffusion.safetensors"),
+        "dataset": "mine", "kind": "diffusion", "judge": False, "channels": ["r", "g", "b"], "size": [16, 16],
+        "learnt": "", "steps": 7, "path": str(own / "mine" / "diffusion.safetensors"),
     }  # fmt: skip
     assert {row["path"] for row in rows[3:]} == {"shipped"}
     assert len(unreadable) == 1
     assert "classify.safetensors" in unreadable[0]
+
+
+def test_judges_are_told_from_guides(models, monkeypatch, tmp_path):
+    guide = describe(models / "brain" / "regress.safetensors").card
+    card = replace(guide, judge=True, guidance={"error": 0.25})
+    path = tmp_path / "models" / "brain" / "regress.judge.safetensors"
+    save(path, card.build().state_dict(), card.to_json())
+    monkeypatch.setattr(doctor, "STARTER", tmp_path / "models")
+    ((row,), _) = doctor.model_rows(None)
+    assert (row["kind"], row["judge"], doctor.model_fact(row)) == ("regress", True, "brain/regress (judge)")
+    facts = doctor.summary(doctor.about_file(path))
+    assert (facts["kind"], facts["error on clean images"]) == ("regress (judge)", 0.25)
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,20 @@ from knife import hookspecs
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    7: ("sweep", "demo", "contract", "scaffold"),
-    6: ("train", "translation", "doctor"),
-    5: ("stacks", "report"),
+    8: ("sweep", "demo", "contract", "scaffold"),
+    7: ("translation",),
+    6: ("train", "doctor", "inputs", "steering"),
+    5: ("stacks", "report", "calibrate"),
     4: ("prepared", "survey", "pairs", "outputs", "interop", "diffusers"),
     3: ("layouts", "data", "balance", "checkpoint"),
-    2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom"),
+    2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation"),
     1: ("schedule", "spec", "unet", "image", "nifti", "picture", "ops", "hookspecs", "devices"),
-    0: ("errors", "files", "settings"),
+    0: ("errors", "files", "finite", "settings"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SAME_FLOOR = {
-    ("files", "errors"), ("spec", "unet"), ("image", "nifti"), ("image", "picture"), ("dicom", "volume"),
-    ("data", "layouts"), ("diffusers", "interop"),
+    ("files", "errors"), ("finite", "errors"), ("finite", "files"), ("spec", "unet"), ("image", "nifti"),
+    ("image", "picture"), ("dicom", "volume"), ("data", "layouts"), ("diffusers", "interop"),
 }  # fmt: skip
 ONLY = {  # a library: the modules that may import it
     "typer": {"cli"},

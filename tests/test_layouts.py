@@ -8,7 +8,7 @@ import pytest
 from trees import names, picture, slice_, table, volume_
 
 from knife import layouts
-from knife.cli import slice_range
+from knife.cli.words import slice_range
 from knife.data import Form, case_of, channels_of, fingerprint, inventory, load
 from knife.errors import InputError, SettingsError
 from knife.image import sequence_of

@@ -155,3 +155,42 @@ def test_curves_of_any_level_are_drawn(ys):
 
 def test_a_tile_alone_is_a_picture_of_its_size():
     assert opened(panel.png(panel.grey(torch.zeros(5, 7), 0, 1))).size == (7, 5)
+
+
+def drawn_in(picture: PIL.Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
+    """Return where a colour is drawn within the frame of a chart, [M, 2] rows and columns."""
+    inside = np.asarray(picture)[panel.MARGIN + 40 : -panel.MARGIN, panel.MARGIN : -panel.MARGIN]
+    return np.argwhere((inside == colour).all(2))
+
+
+def test_lines_of_a_chart_share_a_frame_and_mark_their_places():
+    low, high = (panel.Line(name, [(0, y), (1000, y)], mark) for name, y, mark in (("a", 0.2, None), ("b", 0.6, 250)))
+    picture = panel.chart([low, high], "level", "title", high=1)
+    width, height = (side - 2 * panel.MARGIN for side in panel.CHART)
+    first, second = (drawn_in(picture, colour) for colour in panel.COLOURS[:2])
+    assert np.ptp(first[:, 1]) > 0.98 * width
+    assert first[:, 0].mean() + 40 == pytest.approx(0.8 * height, abs=3)
+    rows, counts = np.unique(second[:, 0], return_counts=True)
+    assert rows[counts.argmax()] + 40 == pytest.approx(0.4 * height, abs=3)
+    columns, counts = np.unique(second[:, 1], return_counts=True)
+    assert columns[counts.argmax()] == pytest.approx(0.25 * width, abs=3)  # the dashes
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [
+        (0, 1000, [0, 200, 400, 600, 800, 1000]),
+        (10, 100, [20, 40, 60, 80, 100]),
+        (0, 0.00622, [0, 0.002, 0.004, 0.006]),
+        (-0.1, 1, [0, 0.25, 0.5, 0.75, 1]),
+        (5, 5, [5]),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, wanted):
+    assert panel.ticks(low, high) == pytest.approx(wanted)
+
+
+def test_pictures_stand_beside_one_another():
+    row = panel.beside([PIL.Image.new("RGB", (width, 5), colour) for width, colour in ((3, "red"), (4, "blue"))])
+    assert row.size == (7, 5)
+    assert [row.getpixel((x, 2)) for x in (2, 3)] == [(255, 0, 0), (0, 0, 255)]

@@ -36,6 +36,13 @@ class Decoder:
         return Loaded([case(e) for e in part if e.name not in bad], bad)
 
 
+def stumbling(part: list[Entry]) -> Loaded:
+    """Decode all but x1 and x2, whose disk stumbles, and x4, which is damaged."""
+    bad = {"x1.png": "input/output error", "x2.png": "input/output error", "x4.png": "damaged"}
+    skipped = {e.name: bad[e.name] for e in part if e.name in bad}
+    return Loaded([case(e) for e in part if e.name not in bad], skipped, skipped.keys() & {"x1.png", "x2.png"})
+
+
 def no_progress(done: int) -> None:
     pass
 
@@ -65,6 +72,62 @@ def test_writing_to_a_prepared_image_leaves_the_file_alone(tmp_path):
     one.pixels.zero_()
     again = p.prepared(tmp_path / "key", entries(2), FORM, Decoder(), no_progress).cases[0]
     assert torch.equal(again.pixels, case(entries(1)[0]).pixels)
+
+
+def test_what_the_disk_failed_at_is_tried_again(tmp_path):
+    folder, wanted, tried = tmp_path / "key", entries(6), []
+
+    def listening(part: list[Entry]) -> Loaded:
+        tried.append([e.name for e in part])
+        return stumbling(part)
+
+    first = p.prepared(folder, wanted, FORM, stumbling, no_progress)
+    assert set(first.skipped) == {"x1.png", "x2.png", "x4.png"}
+    again = p.prepared(folder, wanted, FORM, listening, no_progress)  # the disk still stumbles: the set serves
+    assert tried == [["x1.png", "x2.png"]]
+    assert again.skipped == first.skipped
+    whole = p.prepared(folder, wanted, FORM, Decoder(), no_progress)
+    assert whole.skipped == {"x4.png": "damaged"}
+    assert [one.name for one in whole.cases] == ["x0.png", "x1.png", "x2.png", "x3.png", "x5.png"]
+    assert same(first.cases[0], case(wanted[0]))  # mapped before the set was made anew
+    tried.clear()
+    p.prepared(folder, wanted, FORM, listening, no_progress)
+    assert tried == []
+    assert [place.name for place in tmp_path.iterdir()] == ["key"]
+
+
+def test_what_a_stumbling_disk_hid_may_turn_out_damaged(tmp_path):
+    def judged(part: list[Entry]) -> Loaded:
+        return Loaded([case(e) for e in part if e.name != "x1.png"], {"x1.png": "damaged"})
+
+    p.prepared(tmp_path / "key", entries(3), FORM, stumbling, no_progress)
+    assert p.prepared(tmp_path / "key", entries(3), FORM, judged, no_progress).skipped == {"x1.png": "damaged"}
+
+
+def test_a_set_without_a_list_of_what_to_try_again_serves(tmp_path):
+    p.prepared(tmp_path / "key", entries(6), FORM, Decoder(), no_progress)
+    index = json.loads((tmp_path / "key" / "index.json").read_text())
+    del index["passing"]
+    (tmp_path / "key" / "index.json").write_text(json.dumps(index))
+    decode = Decoder()
+    assert p.prepared(tmp_path / "key", entries(6), FORM, decode, no_progress).skipped == {"x4.png": "damaged"}
+    assert decode.calls == 0
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells its memory there")
+def test_a_set_larger_than_memory_and_swap_is_mapped(tmp_path):
+    """A file of holes takes no room on the disk; Linux refuses to map it privately if swap is to be reserved."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    memory = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("MemTotal:", "SwapTotal:")))
+    count = memory // 4 + 2**20
+    with (tmp_path / "x.f32").open("wb") as file:
+        file.truncate(count * 4)
+    x = p.tensor(tmp_path / "x.f32", [count])
+    x[-1] = 5
+    assert x[-1] == 5
+    with (tmp_path / "x.f32").open("rb") as file:
+        file.seek(-4, 2)
+        assert file.read() == bytes(4)
 
 
 def test_the_key_follows_content_and_form():

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from knife.report import report
-from knife.settings import Settings
+from knife.settings import Settings, Wish
 from knife.translation import translate
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}[red]&lt;.nii'
@@ -46,7 +46,7 @@ def done(models, images, tmp_path):
     hostile = Path(shutil.copy(images / "slice.nii", tmp_path / HOSTILE))
     few = Settings(noise_level=10, steps=5)
     return translate(
-        [hostile, images / "healthy.nii"], "segment", str(images / "mask.nii"), models=models, settings=few
+        [hostile, images / "healthy.nii"], Wish("segment", str(images / "mask.nii")), models=models, settings=few
     )
 
 
@@ -92,6 +92,6 @@ def test_the_record_and_the_course_are_there(done):
 
 def test_colours_are_one_picture(models, images):
     few = Settings(noise_level=10, steps=5)
-    page = Page(report(translate(images / "face.png", "regress", "0.3", models=models, settings=few)))
+    page = Page(report(translate(images / "face.png", Wish("regress", "0.3"), models=models, settings=few)))
     (shown,) = page.images("input")
     assert np.array_equal(shown, np.asarray(PIL.Image.open(images / "face.png")))

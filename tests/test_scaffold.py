@@ -13,7 +13,7 @@ from knife.checkpoint import describe, save
 from knife.errors import InputError, SettingsError, TargetError
 from knife.phantom import write_dataset
 from knife.scaffold import PLACES, new_plugin
-from knife.settings import Settings
+from knife.settings import Settings, Wish
 from knife.spec import preset
 from knife.tasks import HOOKS, task
 from knife.train import Run, Watch, train
@@ -87,7 +87,7 @@ def test_it_trains_and_translates(installed, tmp_path):
 
     image, wanted = data / "images" / "phantom_00000.nii.gz", f"{card.config['mean']:.4f}"
     settings = Settings(noise_level=20, steps=2)
-    (done,) = translate(image, NAME, wanted, out=tmp_path / "out", models=models, settings=settings, device="cpu")
+    (done,) = translate(image, Wish(NAME, wanted), out=tmp_path / "out", models=models, settings=settings, device="cpu")
     assert done.result.pixels.shape == done.source.pixels.shape
     assert done.result.pixels.isfinite().all()
     assert not torch.equal(done.result.pixels, done.source.pixels)
@@ -95,7 +95,7 @@ def test_it_trains_and_translates(installed, tmp_path):
     assert math.isfinite(done.record["after"][NAME])
     assert all(file.is_file() for file in done.files)
     with pytest.raises(TargetError, match=f"--target 7: outside .* give a number from {card.config['low']:.3g} to"):
-        translate(image, NAME, "7", models=models, device="cpu")
+        translate(image, Wish(NAME, "7"), models=models, device="cpu")
 
 
 @pytest.mark.parametrize(

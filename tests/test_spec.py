@@ -71,6 +71,39 @@ def test_a_preset_of_other_channels_is_refused():
         preset("paper-faces").spec("diffusion", ("t1", "flair"))
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_judges_are_other_networks_than_guides_and_diffusion_models(name):
+    row = preset(name)
+    guides = [row.spec(kind, tuple("abcd"[: row.channels or 4])) for kind in row.kinds]
+    for spec in guides:
+        judge = spec.for_judge()
+        assert judge.unet not in {guide.unet for guide in guides}
+        assert judge.encoder not in {guide.encoder for guide in guides}
+        assert judge.unet.width < spec.unet.width
+        assert judge.encoder.width < spec.encoder.width
+        assert judge.unet.attention == judge.encoder.attention == ()
+        assert replace(judge, unet=spec.unet, encoder=spec.encoder) == spec
+        assert ImageSpec.from_json(json.loads(json.dumps(judge.to_json()))) == judge == judge.for_judge()
+
+
+@pytest.mark.parametrize(
+    ("size", "stem", "levels"),
+    [
+        ((64, 64), 1, 4), ((128, 128), 2, 4), ((256, 256), 4, 4), ((240, 240), 4, 3), ((64, 192), 4, 4),
+        ((16, 16), 1, 4), ((12, 20), 1, 3), ((2, 6), 1, 2), ((7, 9), 1, 1), ((130, 130), 2, 1),
+    ],
+)  # fmt: skip
+def test_a_judge_sees_every_pixel_of_small_images_and_fits_any_size(size, stem, levels):
+    plain = Architecture(8, (1,), groups=4)
+    judge = ImageSpec(("a",), size, plain, plain).for_judge()
+    for arch in (judge.unet, judge.encoder):
+        assert (arch.stem, len(arch.mult)) == (stem, levels)
+    x, t = torch.zeros(1, 1, *size), torch.tensor([0])
+    if max(size) <= 64:
+        assert judge.build_unet(1)(x, t).shape == (1, 1, *size)
+        assert judge.build_encoder(3)(x, t).shape == (1, 3)
+
+
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(SettingsError, match=r"--preset large: there is none .* paper-faces, paper-brats, small-64"):
         preset("large")

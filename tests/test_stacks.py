@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from knife import stacks
-from knife import translation as module
-from knife.errors import InputError, SettingsError
+from knife import stacks, steering
+from knife import steering as module
+from knife.errors import InputError, SamplingError, SettingsError
 from knife.phantom import phantom
-from knife.settings import Settings
+from knife.settings import Settings, Wish
 from knife.translation import translate
 
 FEW = Settings(noise_level=10, steps=2, batch_size=2)
@@ -45,8 +45,10 @@ def patient(tmp_path):
 def quick(models, tmp_path):
     """Translate with the tiny models and few steps into out/."""
 
-    def run(*arguments, **options):
-        return translate(*arguments, **{"models": models, "settings": FEW, "out": tmp_path / "out", **options})
+    def run(images, task, target, **options):
+        return translate(
+            images, Wish(task, target), **{"models": models, "settings": FEW, "out": tmp_path / "out", **options}
+        )
 
     return run
 
@@ -60,13 +62,13 @@ def results(out: Path) -> list[str]:
 
 
 def rows(out: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((out / "P_001_regress_0.3.csv").read_text().splitlines()))
+    return list(csv.DictReader((out / "P_001_regress_0.3_slices3-5.csv").read_text().splitlines()))
 
 
 def test_a_patient_comes_back_with_the_chosen_slices_changed(quick, patient, tmp_path):
     done = quick(patient, "regress", "0.3", slices=(4, 7))
     assert [one.record["slice"] for one in done] == [4, 5, 6]
-    name = "P_001_regress_0.3"
+    name = "P_001_regress_0.3_slices4-6"
     assert results(tmp_path / "out") == sorted(
         [f"{name}/P_001_{s}.nii.gz" for s in NAMES]
         + [f"{name}{e}" for e in (".csv", ".json", "_difference.nii.gz", "_panel.png")]
@@ -92,7 +94,7 @@ def test_without_a_choice_all_slices_that_show_brain_are_translated(quick, patie
 def test_the_table_and_the_record_tell_each_slice(quick, patient, tmp_path):
     done = quick(patient, "regress", "0.3", slices=(3, 6))
     table = rows(tmp_path / "out")
-    record = json.loads((tmp_path / "out" / "P_001_regress_0.3.json").read_text())
+    record = json.loads((tmp_path / "out" / "P_001_regress_0.3_slices3-5.json").read_text())
     assert [row["slice"] for row in table] == ["3", "4", "5"]
     assert [one["slice"] for one in record["slices"]] == [3, 4, 5]
     for row, one in zip(table, done, strict=True):
@@ -109,8 +111,8 @@ def test_the_table_and_the_record_tell_each_slice(quick, patient, tmp_path):
         )
         assert mask.any()
         brain = ~one.source.background
-        assert float(row["changed_inside"]) == pytest.approx(float(share[mask & brain].mean()), abs=1e-6)
-        assert float(row["changed_outside"]) == pytest.approx(float(share[brain & ~mask].mean()), abs=1e-6)
+        assert float(row["changed_inside"]) == pytest.approx(float(share[mask & brain].mean()), rel=1e-3)
+        assert float(row["changed_outside"]) == pytest.approx(float(share[brain & ~mask].mean()), rel=1e-3)
     assert record["input"] == [f"P_001_{name}.nii.gz" for name in NAMES]
     assert str(tmp_path) not in json.dumps(record)
 
@@ -119,7 +121,7 @@ def test_a_lone_slice_is_written_as_an_image_too(quick, patient, tmp_path):
     quick(patient, "regress", "0.3", slices=(5, 6))
     name = "P_001_regress_0.3"
     assert {f"{name}_slice5/P_001_{s}.nii.gz" for s in NAMES} < set(results(tmp_path / "out"))
-    whole = voxels(tmp_path / "out" / name / "P_001_t2.nii.gz")
+    whole = voxels(tmp_path / "out" / f"{name}_slices5-5" / "P_001_t2.nii.gz")
     image = nib.load(tmp_path / "out" / f"{name}_slice5" / "P_001_t2.nii.gz")
     assert np.array_equal(np.asarray(image.dataobj)[..., 0], whole[..., 5])
     wanted = nib.load(patient / "P_001_t2.nii.gz").slicer[:, :, 5:6].affine
@@ -200,13 +202,13 @@ def test_what_is_all_done_needs_no_network(quick, patient, monkeypatch, tmp_path
         walked = stopping_after(patch, 0)
         assert len(quick(patient, "regress", "0.3", slices=(3, 6))) == 3
     assert walked == []
-    assert not (tmp_path / "out" / ".P_001_regress_0.3.part").exists()
+    assert not (tmp_path / "out" / ".P_001_regress_0.3_slices3-5.part").exists()
 
 
 def test_segment_takes_a_mask_volume(quick, patient, tmp_path):
     done = quick(patient, "segment", str(patient / "P_001_seg.nii.gz"), slices=(4, 6))
-    assert [bool(one.target.any()) for one in done] == [True, True]
-    assert not torch.equal(done[0].target, done[1].target)
+    assert [bool(one.targets[0].any()) for one in done] == [True, True]
+    assert not torch.equal(done[0].targets[0], done[1].targets[0])
 
 
 def test_a_four_dimensional_file_is_a_patient_too(quick, patient, tmp_path):
@@ -214,7 +216,7 @@ def test_a_four_dimensional_file_is_a_patient_too(quick, patient, tmp_path):
     path = tmp_path / "four.nii.gz"
     nib.save(nib.Nifti1Image(data, nib.load(patient / "P_001_t1.nii.gz").affine), path)
     quick(path, "regress", "0.3", slices=(4, 6))
-    after = voxels(tmp_path / "out" / "four_regress_0.3.nii.gz")
+    after = voxels(tmp_path / "out" / "four_regress_0.3_slices4-5.nii.gz")
     assert after.shape == data.shape
     assert not np.delete(after.astype(int) - data, [4, 5], 2).any()
 
@@ -245,7 +247,7 @@ def test_slices_of_a_slice_are_refused(quick, images):
 
 
 def test_results_never_overwrite_the_patient(quick, patient):
-    named_so = patient.rename(patient.with_name("P_001_regress_0.3"))
+    named_so = patient.rename(patient.with_name("P_001_regress_0.3_slices4-4"))
     with pytest.raises(InputError, match="never overwritten"):
         quick(named_so, "regress", "0.3", out=named_so.parent, slices=(4, 5))
 
@@ -254,7 +256,7 @@ def test_the_mask_of_another_patient_in_the_folder_counts_as_none(quick, patient
     for name in NAMES:
         shutil.copy(patient / f"P_001_{name}.nii.gz", patient / f"P_002_{name}.nii.gz")
     done = quick(patient, "regress", "0.3", slices=(4, 5))
-    inside = {one.record["input"][0]: one.record["changed_inside"] for one in done}
+    inside = {one.record["input"][0]: one.record["preservation"].get("changed_inside") for one in done}
     assert inside["P_001_t1.nii.gz"] is not None
     assert inside["P_002_t1.nii.gz"] is None
 
@@ -268,8 +270,8 @@ def test_a_file_that_belongs_to_no_case_is_refused(quick, patient):
 def test_a_mask_on_another_grid_counts_as_none(quick, patient, tmp_path):
     nib.save(nib.Nifti1Image(np.ones((5, 5, 9), np.uint8), np.eye(4)), patient / "P_001_seg.nii.gz")
     (one, _) = quick(patient, "regress", "0.3", slices=(4, 6))
-    assert one.record["changed_inside"] is None
-    assert one.record["changed_outside"] > 0
+    assert "changed_inside" not in one.record["preservation"]
+    assert one.record["preservation"]["changed"] > 0
 
 
 def test_four_files_of_one_case_are_one_volume(quick, patient, tmp_path):
@@ -277,7 +279,7 @@ def test_four_files_of_one_case_are_one_volume(quick, patient, tmp_path):
     done = quick(files, "regress", "0.3", slices=(4, 6))
     assert [one.record["slice"] for one in done] == [4, 5]
     assert done[0].record["input"] == [f"P_001_{name}.nii.gz" for name in NAMES]
-    assert (tmp_path / "out" / "P_001_regress_0.3" / "P_001_t1ce.nii.gz").exists()
+    assert (tmp_path / "out" / "P_001_regress_0.3_slices4-5" / "P_001_t1ce.nii.gz").exists()
 
 
 def test_slices_that_a_wanted_mask_does_not_reach_are_left_as_they_are(quick, patient, tmp_path):
@@ -293,3 +295,54 @@ def test_slices_that_a_wanted_mask_does_not_reach_are_left_as_they_are(quick, pa
     assert [one.record["slice"] for one in done] == [5, 6]
     with pytest.raises(InputError):
         quick(patient, "segment", str(tmp_path / "slab.nii.gz"), slices=(8, 9))
+
+
+def failing_at(monkeypatch, *numbers):
+    """Let guidance blow up the slices of these numbers in the order walked, one a batch; return what was walked."""
+    walked, real = [], steering.translate_batch
+
+    def one(job, edits):
+        walked.append(len(edits))
+        if len(walked) - 1 in numbers:
+            raise SamplingError("blown up")
+        return real(job, edits)
+
+    monkeypatch.setattr(steering, "translate_batch", one)
+    return walked
+
+
+ONE_BY_ONE = replace(FEW, batch_size=1)
+
+
+def test_slices_that_failed_are_told_and_tried_again_alone(quick, patient, tmp_path, monkeypatch):
+    part, record = tmp_path / "out" / ".P_001_regress_0.3.part", tmp_path / "out" / "P_001_regress_0.3.json"
+    heard = []
+    with monkeypatch.context() as patch:
+        failing_at(patch, 1, 4)
+        options = {"settings": ONE_BY_ONE, "failed": lambda file, error: heard.append(str(error))}
+        done = quick(patient, "regress", "0.3", **options)
+    assert heard == ["blown up"] * 2
+    assert [one.record["slice"] for one in done] == [3, 5, 6, 8]
+    assert json.loads(record.read_text())["failed"] == [4, 7]
+    assert sorted(file.name for file in part.iterdir()) == [f"{k}.safetensors" for k in (3, 5, 6, 8)]
+    with monkeypatch.context() as patch:
+        walked = failing_at(patch)
+        assert len(quick(patient, "regress", "0.3", settings=ONE_BY_ONE)) == 6
+    assert walked == [1, 1]
+    assert json.loads(record.read_text())["failed"] == []
+    assert not part.exists()
+
+
+def test_a_slice_left_alone_by_failures_is_no_lone_slice(quick, patient, tmp_path, monkeypatch):
+    failing_at(monkeypatch, 0)
+    options = {"settings": ONE_BY_ONE, "failed": lambda file, error: None}
+    assert len(quick(patient, "regress", "0.3", slices=(4, 6), **options)) == 1
+    assert not [name for name in results(tmp_path / "out") if "slice5/" in name]
+
+
+def test_other_slices_of_a_patient_overwrite_nothing(quick, patient, tmp_path):
+    for slices in (None, (4, 6), (5, 7), (5, 99), (5, 6)):
+        quick(patient, "regress", "0.3", slices=slices)
+    records = sorted(path.name for path in (tmp_path / "out").glob("*.json"))
+    ends = ["", "_slice5", "_slices4-5", "_slices5-11", "_slices5-5", "_slices5-6"]
+    assert records == sorted(f"P_001_regress_0.3{end}.json" for end in ends)

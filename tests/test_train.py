@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ from knife import files, spec, train
 from knife.balance import strata
 from knife.checkpoint import describe, load_model, read_about, read_tensors
 from knife.errors import DeviceError, InputError, KnifeError, ModelError, SettingsError, TaskError
-from knife.layouts import recognise, write_split
+from knife.layouts import recognise, split_of, write_split
 from knife.schedule import Schedule
 from knife.train import Budget, Run, batch_of, resume_path
 from knife.train import train as run_training
@@ -329,6 +329,8 @@ def test_a_state_of_something_else_is_refused_by_name(squares: Path, about: Any)
         ({"cap": 0}, "--cap 0"),
         ({"kind": "diffusion", "balance": True}, "--balance and --cap: a diffusion model has no labels"),
         ({"kind": "diffusion", "cap": 3}, "--balance and --cap: a diffusion model has no labels"),
+        ({"kind": "diffusion", "judge": True}, "--judge: a diffusion model tells nothing of an image; give a task"),
+        ({"judge": True, "spare_judge": True}, "--judge and --spare-judge: a judge learns from what others spare"),
         ({"dataset": "../elsewhere"}, "--dataset"),
         ({"dataset": ""}, "--dataset"),
         ({"dataset": ".."}, "--dataset"),
@@ -593,6 +595,212 @@ def test_the_average_forgets_the_random_start_and_then_decays(squares: Path) -> 
         decay = min(0.5, (1 + count) / (10 + count))
         expected = decay * expected + (1 - decay) * value
         assert values[count] == pytest.approx(expected, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- the judge
+
+
+def a_judge(data: Path, models: str = "models", kind: str = "regress", **others: Any) -> Run:
+    return a_run(data, models, kind, judge=True, **others)
+
+
+def keys(examples: Sequence[train.Example]) -> set[float]:
+    """Tell the squares apart: each has another brightest pixel."""
+    return {round(float(x.max()), 4) for x, _ in examples}
+
+
+def test_a_judge_sees_clean_images_alone(squares: Path) -> None:
+    run = a_judge(squares)
+    job = train.prepare(run, Witness())
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            seen.append((x, t))
+            return self.weight * x.flatten(1)[:, :1]
+
+    net = Net()
+    for step in range(3):
+        train.backward(net, step, job)
+    for step, (x, t) in enumerate(seen):
+        shown = [job.examples[i][0] for i in batch_of(step, run, len(job.examples))]
+        assert torch.equal(x, torch.stack(shown))
+        assert not t.any()
+    seen.clear()
+    assert job.task is not None
+    assert list(train.measured(job, job.task, net)) == ["error"]
+    train.sheet_of(job, job.task, net)
+    assert seen
+    for x, t in seen:
+        assert torch.equal(x, torch.stack([x0 for x0, _ in job.validation]))
+        assert not t.any()
+
+
+@pytest.mark.parametrize("kind", ["regress", "segment"])
+def test_a_judge_is_another_network_than_the_guide_and_draws_otherwise(squares: Path, kind: str) -> None:
+    judge, guide = a_judge(squares, kind=kind), a_run(squares, kind=kind)
+    jobs = [train.prepare(run, Witness()) for run in (judge, guide)]
+    shapes = [{name: p.shape for name, p in train.start(job).net.named_parameters()} for job in jobs]
+    assert shapes[0] != shapes[1]
+    assert jobs[0].card.spec == jobs[1].card.spec.for_judge()
+    assert [batch_of(step, judge, 20) for step in range(5)] != [batch_of(step, guide, 20) for step in range(5)]
+    x0 = torch.zeros(4, 1, 2, 2)
+    assert not torch.equal(train.draw(judge, 0, x0, 10)[1], train.draw(guide, 0, x0, 10)[1])
+    assert a_judge(squares, seed=2**32 - 1).drawn_from < 2**32
+
+
+@pytest.mark.parametrize("kind", ["regress", "segment"])
+def test_the_first_weights_of_a_judge_are_its_own(squares: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A plugin may bring a network of its own, whatever the spec says."""
+    monkeypatch.setattr("knife.train.Card.build", lambda card: nn.Conv2d(1, 1, 3))
+    runs = a_judge(squares, kind=kind), a_run(squares, kind=kind), a_judge(squares, kind=kind, seed=1)
+    nets = [train.start(train.prepare(run, Witness())).net for run in runs]
+    assert len({float(next(net.parameters()).detach().sum()) for net in nets}) == 3
+
+
+def test_a_judge_learns_from_half_and_others_may_spare_it(squares: Path) -> None:
+    everyone, judges, spared = (
+        train.prepare(a_run(squares, **options), Witness()) for options in ({}, {"judge": True}, {"spare_judge": True})
+    )
+    assert keys(judges.examples) | keys(spared.examples) == keys(everyone.examples)
+    assert not keys(judges.examples) & keys(spared.examples)
+    assert len(everyone.examples) == 20
+    assert 5 <= len(judges.examples) <= 15
+    assert len(judges.examples) + len(spared.examples) == 20
+    values = [float(y) * judges.card.config["std"] + judges.card.config["mean"] for _, y in judges.examples]
+    assert sum(values) / len(values) == pytest.approx(judges.card.config["mean"], abs=1e-4)
+    diffusion = train.prepare(a_run(squares, kind="diffusion", spare_judge=True), Witness())
+    assert keys(diffusion.examples) == keys(spared.examples)
+    assert keys(judges.validation) == keys(everyone.validation)
+
+
+def test_patients_are_halved_whole(patients: Path) -> None:
+    jobs = [
+        train.prepare(a_run(patients, kind="segment", slices=(2, 10), **{option: True}), Witness())
+        for option in ("judge", "spare_judge")
+    ]
+    keys = [entry.key for entry in jobs[0].folder.split("train")]
+    counts = [sum(train.is_judges(key) == judge for key in keys) for judge in (True, False)]
+    assert (len(keys), len({*keys})) == (48, 6)
+    assert [len(job.examples) for job in jobs] == counts
+    assert min(counts) > 0
+
+
+def test_about_half_of_all_patients_are_the_judges() -> None:
+    mine = [train.is_judges(f"patient{i:04d}") for i in range(2000)]
+    assert 900 < sum(mine) < 1100
+    assert mine == [train.is_judges(f"patient{i:04d}") for i in range(2000)]
+    splits = [split_of(f"patient{i:04d}") for i in range(2000)]
+    of_test = [judge for judge, split in zip(mine, splits, strict=True) if split != "train"]
+    assert 0.4 < sum(of_test) / len(of_test) < 0.6  # the hash is not that of the splits
+
+
+def test_both_halves_decode_images_once(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train.prepare(a_judge(squares), Witness())
+    read, real = [], train.data.load
+    monkeypatch.setattr(train.data, "load", lambda entries, **more: read.append(len(entries)) or real(entries, **more))
+    for options in ({}, {"spare_judge": True}):
+        train.prepare(a_run(squares, **options), Witness())
+    assert max(read) == 4  # those set apart
+
+
+def test_a_half_of_too_few_is_refused(tmp_path: Path) -> None:
+    root = write_squares(tmp_path / "squares", count=2)
+    sizes = {judge: sum(train.is_judges(f"images/{i:02d}.png") == judge for i in range(2)) for judge in (True, False)}
+    run = a_judge(root) if sizes[True] < 2 else a_run(root, spare_judge=True)
+    words = "of the judge's half" if run.judge else "without the judge's half"
+    with pytest.raises(InputError, match=f"too few images to train on, {sizes[run.judge]} {words}"):
+        trained(run)
+
+
+def test_a_judge_lies_beside_its_guide_and_touches_nothing_of_it(squares: Path) -> None:
+    guide, judge = a_run(squares, steps=20), a_judge(squares, steps=20)
+    trained(guide)
+    before = {path.name: path.read_bytes() for path in guide.path.parent.iterdir()}
+    assert len(before) == 4
+    (budget,) = trained(judge).budgets
+    after = {path.name: path.read_bytes() for path in guide.path.parent.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {name.replace("regress.", "regress.judge.") for name in before}
+    assert judge.path.name == "regress.judge.safetensors"
+    assert (budget.half, budget.images < 20) == ("of the judge's half", True)
+    card = describe(judge.path).card
+    assert (card.judge, card.kind, card.training["settings"]["judge"]) == (True, "regress", True)
+    assert list(card.guidance) == ["error"]
+    assert load_model(judge.path)(torch.zeros(1, 1, 16, 16), torch.zeros(1)).shape == (1, 1)
+    assert describe(guide.path).card.judge is False
+
+
+def test_a_resumed_judge_equals_an_uninterrupted_one(squares: Path) -> None:
+    whole, parts = (a_judge(squares, name, "classify", steps=4) for name in ("whole", "parts"))
+    told = trained(whole)
+    first = trained(replace(parts, steps=2))
+    assert [*first.steps, *trained(parts).steps] == told.steps
+    assert same(state_of(whole), state_of(parts))
+
+
+def test_a_run_that_spares_the_judge_is_not_resumed_without(squares: Path) -> None:
+    run = a_run(squares, steps=1)
+    trained(run)
+    with pytest.raises(SettingsError, match="spare_judge: False then, True now"):
+        trained(replace(run, spare_judge=True))
+
+
+@pytest.mark.parametrize("judge", [False, True])
+def test_the_card_tells_the_mean_error_on_clean_images(squares: Path, judge: bool) -> None:
+    run = a_run(squares, judge=judge, batch=3)  # the last batch of the four set apart is a smaller one
+    trained(run)
+    card, job = describe(run.path).card, train.prepare(run, Witness())
+    x, labels = train.stacked(job.validation)
+    found = load_model(run.path)(x, torch.zeros(len(x)))[:, 0]
+    assert card.guidance["error"] == pytest.approx(float((found - labels).abs().mean()) * card.config["std"], rel=1e-4)
+    assert ("gradient" in card.guidance) is not judge
+
+
+def test_an_error_without_end_is_not_told(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knife.tasks.Task.error", lambda task, net, x, *more: torch.full((len(x),), torch.inf))
+    run = a_run(squares, steps=1)
+    trained(run)
+    assert list(describe(run.path).card.guidance) == ["gradient"]
+
+
+@pytest.mark.parametrize("judge", [False, True])
+def test_a_task_without_an_error_has_a_card_and_a_sheet_too(
+    squares: Path, monkeypatch: pytest.MonkeyPatch, judge: bool
+) -> None:
+    monkeypatch.setattr("knife.tasks.Task.error", lambda *arguments: None)
+    drawn: list[list[float]] = []
+    real = train.curve
+    monkeypatch.setattr(train, "curve", lambda xs, ys, *names: drawn.append(list(ys)) or real(xs, ys, *names))
+    run = a_run(squares, judge=judge, steps=1)
+    trained(run)
+    assert "error" not in describe(run.path).card.guidance
+    with Picture.open(run.path.with_suffix(".png")) as sheet:
+        assert sheet.format == "PNG"
+    if judge:
+        job = train.prepare(run, Witness())
+        x, labels = train.stacked(job.validation)
+        losses = (load_model(run.path)(x, torch.zeros(len(x)))[:, 0] - labels).square()
+        assert drawn == [pytest.approx(sorted(losses.tolist()), rel=1e-4)]
+
+
+def test_the_sheet_of_a_judge_shows_its_errors_from_best_to_worst(
+    squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[list[float], list[float], str]] = []
+    monkeypatch.setattr(
+        train, "curve", lambda xs, ys, name, title: drawn.append((list(xs), list(ys), title)) or b"picture"
+    )
+    run = a_judge(squares)
+    trained(run)
+    ((xs, ys, title),) = drawn
+    assert (xs, title) == ([1, 2, 3, 4], "judge of regress: error")
+    assert ys == sorted(ys)
+    assert sum(ys) / 4 == pytest.approx(describe(run.path).card.guidance["error"], rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- the record

@@ -15,7 +15,7 @@ from conftest import CHANNELS, SIZE, TINY, store
 
 import knife
 from knife import ops, outputs, pairs
-from knife import translation as module
+from knife import steering as module
 from knife.checkpoint import describe, digest, load, read_tensors, save
 from knife.errors import (
     DeviceError,
@@ -28,13 +28,14 @@ from knife.errors import (
     TaskError,
 )
 from knife.image import MARK, read
+from knife.inputs import expand
 from knife.outputs import target_word
 from knife.phantom import phantom, write_nifti
 from knife.schedule import Schedule
-from knife.settings import DEFAULTS, Settings
+from knife.settings import Settings, Wish
 from knife.spec import ImageSpec
 from knife.tasks import task
-from knife.translation import expand, translate
+from knife.translation import translate
 
 FEW = Settings(noise_level=10, steps=5)
 
@@ -43,8 +44,8 @@ FEW = Settings(noise_level=10, steps=5)
 def quick(models):
     """Translate with the tiny models and few steps."""
 
-    def run(*arguments, **options):
-        return translate(*arguments, **{"models": models, "settings": FEW, **options})
+    def run(images, task, target, *also, **options):
+        return translate(images, Wish(task, target), *also, **{"models": models, "settings": FEW, **options})
 
     return run
 
@@ -112,7 +113,7 @@ def test_the_result_is_the_input_plus_the_change(quick, images):
 
 def test_the_package_offers_it_though_a_module_has_its_name(images, models):
     for _ in range(2):
-        (done,) = knife.translate(images / "slice.nii", "regress", "0.3", models=models, settings=FEW)
+        (done,) = knife.translate(images / "slice.nii", Wish("regress", "0.3"), models=models, settings=FEW)
         assert done.record["task"] == "regress"
 
 
@@ -258,7 +259,7 @@ def test_a_grey_tiff_of_floats(own, tmp_path):
         store(own, replace(card, dataset="grey", spec=ImageSpec(("grey",), SIZE, TINY, TINY)))
     picture = PIL.Image.fromarray(phantom(0, size=32).pixels[0] * 1000)
     picture.save(tmp_path / "x.tif")
-    (done,) = translate(tmp_path / "x.tif", "regress", "0.3", models=own, settings=FEW, out=tmp_path / "out")
+    (done,) = translate(tmp_path / "x.tif", Wish("regress", "0.3"), models=own, settings=FEW, out=tmp_path / "out")
     with PIL.Image.open(done.files.image) as result, PIL.Image.open(done.files.difference) as difference:
         assert (result.mode, difference.mode) == ("F", "RGB")
 
@@ -319,8 +320,9 @@ def test_the_record_says_all_that_was_done(quick, images, models, tmp_path):
     record = json.loads(done.files.record.read_text(), parse_constant=pytest.fail)
     assert record == done.record
     assert record["settings"] == {
-        "noise_level": 10, "steps": 5, "scale": None, "strength": DEFAULTS.strength,
-        "guide_above": 0, "batch_size": 8, "control": True, "clamp": False, "dtype": "same",
+        "noise_level": 10, "steps": 5, "scale": None, "strength": None, "tolerance": None, "batch_size": 8,
+        "control": True, "clamp": False, "auto_region": False, "extrapolate": False, "max_reconstruction": 0.1,
+        "dtype": "same",
     }  # fmt: skip
     hashes = [digest(models / "brain" / f"{kind}.safetensors") for kind in ("diffusion", "segment")]
     assert [(m["dataset"], m["sha256"], m["shipped"]) for m in record["models"]] == [
@@ -344,14 +346,16 @@ def test_the_record_says_what_the_guide_saw(quick, images, models):
     config = describe(models / "brain" / "regress.safetensors").card.config
     for when, image in (("before", done.source), ("after", done.result)):
         x = image.normalised(SIZE, (-1, 1))[None]
-        seen = kind.evaluate(net, x, torch.zeros(1), done.target[None], config)["value"]
+        seen = kind.evaluate(net, x, torch.zeros(1), done.targets[0][None], config)["value"]
         assert done.record[when]["value"] == pytest.approx(float(seen), rel=1e-4)
     assert [seen["level"] for seen in done.record["along"]] == [10, 8, 6, 4, 2, 0]
     assert all(np.isfinite(seen["value"]) for seen in done.record["along"])
 
 
 def test_a_long_walk_is_looked_at_about_ten_times(quick, images):
-    (done,) = quick(images / "slice.nii", "regress", "0.3", settings=Settings(noise_level=40, steps=40))
+    (done,) = quick(
+        images / "slice.nii", "regress", "0.3", settings=Settings(noise_level=40, steps=40, max_reconstruction=9)
+    )
     levels = [seen["level"] for seen in done.record["along"]]
     assert levels[0] == 40
     assert levels[-1] == 0
@@ -366,9 +370,9 @@ def test_nothing_written_tells_where_files_lie(quick, images, tmp_path):
 
 def test_an_explicit_scale_is_the_papers_and_stands_in_the_record(quick, images, monkeypatch):
     used, real = [], module.decode_with_control
-    monkeypatch.setattr(module, "decode_with_control", lambda *arguments: used.append(arguments[5]) or real(*arguments))
+    monkeypatch.setattr(module, "decode_with_control", lambda *arguments: used.append(arguments[4]) or real(*arguments))
     (done,) = quick(images / "slice.nii", "regress", "0.3", settings=replace(FEW, scale=5.0))
-    assert used == [5.0]
+    assert [[one.scale for one in guidance] for guidance in used] == [[5.0]]
     assert (done.record["settings"]["scale"], done.record["settings"]["strength"]) == (5.0, None)
 
 
@@ -454,61 +458,61 @@ def datasets(done):
 
 
 def test_models_that_fit_are_taken_before_the_shipped_ones(own, images, shipped):
-    done = translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+    done = translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
     assert datasets(done) == [("brain", False)] * 2
 
 
 @pytest.mark.parametrize("place", ["models", None])
 def test_without_models_the_shipped_ones_serve(images, shipped, place):
-    done = translate(images / "slice.nii", "regress", "0.3", models=place, settings=FEW)
+    done = translate(images / "slice.nii", Wish("regress", "0.3"), models=place, settings=FEW)
     assert datasets(done) == [("brain", True)] * 2
 
 
 def test_where_no_model_fits_or_has_the_task_the_shipped_ones_serve(own, images, shipped):
-    done = translate(images / "face.png", "regress", "0.3", models=own, settings=FEW)
+    done = translate(images / "face.png", Wish("regress", "0.3"), models=own, settings=FEW)
     assert datasets(done) == [("photo", True)] * 2
     (own / "brain" / "regress.safetensors").unlink()
-    done = translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+    done = translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
     assert datasets(done) == [("brain", True)] * 2
 
 
 def test_several_that_fit_are_listed_and_dataset_chooses(own, images, no_network, monkeypatch):
     shutil.copytree(own / "brain", own / "other")
     with pytest.raises(ModelError, match=r"--dataset: several .* fit the images; give one of brain, other\."):
-        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+        translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
     monkeypatch.undo()
-    done = translate(images / "slice.nii", "regress", "0.3", models=own, dataset="other", settings=FEW)
+    done = translate(images / "slice.nii", Wish("regress", "0.3"), models=own, dataset="other", settings=FEW)
     assert done[0].record["models"][0]["sha256"] == digest(own / "other" / "diffusion.safetensors")
 
 
 def test_a_dataset_of_no_such_name(own, images, no_network):
     with pytest.raises(ModelError, match=r"task regress: no trained models in .* under the name nothing; run"):
-        translate(images / "slice.nii", "regress", "0.3", models=own, dataset="nothing", settings=FEW)
+        translate(images / "slice.nii", Wish("regress", "0.3"), models=own, dataset="nothing", settings=FEW)
 
 
 def test_a_folder_of_models_that_is_not_there(images, tmp_path):
     with pytest.raises(ModelError, match=r"--models .*nowhere: no such folder"):
-        translate(images / "slice.nii", "regress", "0.3", models=tmp_path / "nowhere")
+        translate(images / "slice.nii", Wish("regress", "0.3"), models=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "regress"])
 def test_a_damaged_model_is_named_where_it_is_needed(own, images, shipped, kind):
     (own / "brain" / f"{kind}.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=rf"brain/{kind}\.safetensors: .*damaged"):
-        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+        translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
 
 
 def test_a_model_under_the_name_of_another_kind_is_refused(own, images, no_network):
     shutil.copy(own / "brain" / "classify.safetensors", own / "brain" / "regress.safetensors")
     with pytest.raises(ModelError, match=r"regress\.safetensors: a model of kind classify under the wrong name"):
-        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+        translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
 
 
 def test_a_damaged_model_does_no_harm_where_another_fits_or_it_is_not_needed(own, images):
     shutil.copytree(own / "brain", own / "broken")
     (own / "broken" / "diffusion.safetensors").write_bytes(b"damaged")
     (own / "brain" / "segment.safetensors").write_bytes(b"damaged")
-    done = translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+    done = translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
     assert datasets(done) == [("brain", False)] * 2
 
 
@@ -518,21 +522,21 @@ def test_weights_that_have_changed_are_refused(own, images, no_network, tmp_path
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(ModelError, match=r"diffusion\.safetensors: .*checksum"):
-        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW, out=tmp_path / "out")
+        translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_guide_of_another_schedule_is_refused_with_the_difference(own, images, no_network):
     edited(own / "brain" / "regress.safetensors", schedule=Schedule("cosine", 50))
     with pytest.raises(ModelError, match="schedule cosine of 50 levels against linear of 50 levels"):
-        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+        translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
 
 
 def test_a_guide_of_another_value_range_is_refused_with_the_difference(own, images, no_network):
     path = own / "brain" / "regress.safetensors"
     edited(path, spec=replace(describe(path).card.spec, value_range=(0.0, 1.0)))
     with pytest.raises(ModelError, match=r"value range 0\.0 to 1\.0 against -1\.0 to 1\.0"):
-        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
+        translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
 
 
 def test_other_channels_of_the_same_number_are_refused(own, images, no_network, monkeypatch, tmp_path):
@@ -541,14 +545,14 @@ def test_other_channels_of_the_same_number_are_refused(own, images, no_network, 
         path = own / "brain" / f"{kind}.safetensors"
         edited(path, spec=replace(describe(path).card.spec, channels=("t1", "t1ce", "t2", "pd")))
     with pytest.raises(ModelError, match=r"its channels are t1, t1ce, t2, flair, but .* 4 \(t1, t1ce, t2, pd\)"):
-        translate(images / "case", "regress", "0.3", models=own, settings=FEW)
+        translate(images / "case", Wish("regress", "0.3"), models=own, settings=FEW)
 
 
 def test_channels_without_names_in_the_model_fit_any(own, images):
     for kind in ("diffusion", "regress"):
         path = own / "brain" / f"{kind}.safetensors"
         edited(path, spec=replace(describe(path).card.spec, channels=("0", "1", "2", "3")))
-    (done,) = translate(images / "case", "regress", "0.3", models=own, settings=FEW)
+    (done,) = translate(images / "case", Wish("regress", "0.3"), models=own, settings=FEW)
     assert done.record["channels"] == ["t1", "t1ce", "t2", "flair"]
 
 
@@ -558,8 +562,8 @@ def test_a_guide_without_measured_steepness_needs_a_scale(own, images):
     with pytest.raises(
         SettingsError, match=r"--strength: no steepness is known of brain/regress\.safetensors; give --scale"
     ):
-        translate(images / "slice.nii", "regress", "0.3", models=own, settings=FEW)
-    (done,) = translate(images / "slice.nii", "regress", "0.3", models=own, settings=replace(FEW, scale=2.0))
+        translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
+    (done,) = translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=replace(FEW, scale=2.0))
     assert done.record["settings"]["scale"] == 2.0
 
 
@@ -726,7 +730,7 @@ def test_an_image_that_fails_takes_no_other_with_it(quick, images, tmp_path, mon
     real, heard = module.check_sane, []
 
     def check(job, batch, level, x):
-        if level == 4 and any(image.source.paths[0] == bad for image in batch):
+        if level == 4 and any(edit.image.source.paths[0] == bad for edit in batch):
             raise SamplingError("healthy.nii: values beyond")
         real(job, batch, level, x)
 
@@ -784,6 +788,6 @@ def test_voxels_are_stored_as_asked(quick, images, tmp_path, dtype, stored):
     (done,) = quick(tmp_path / "x.nii", "segment", "ellipse:50%,50%,8,5", out=tmp_path / "out", settings=settings)
     assert nibabel.load(done.files.image).get_data_dtype() == stored
     assert done.record["settings"]["dtype"] == dtype
-    assert 25 < done.target.sum() < 35  # of 125 pixels, on a grid half as fine
+    assert 25 < done.targets[0].sum() < 35  # of 125 pixels, on a grid half as fine
     with pytest.raises(SettingsError, match="--dtype int8: give same or float32"):
         quick(tmp_path / "x.nii", "segment", "ellipse:50%,50%,8,5", settings=replace(FEW, dtype="int8"))

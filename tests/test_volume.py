@@ -275,3 +275,53 @@ def test_a_map_has_the_volumes_geometry(tmp_path):
     volume.write(stack.like(stack.pixels.sum(0, keepdim=True) / 7), tmp_path / "map.nii.gz")
     same_geometry(tmp_path / "p/p_t1.nii.gz", tmp_path / "map.nii.gz")
     assert nib.load(tmp_path / "map.nii.gz").get_data_dtype() == np.float32
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_may_stand_behind_an_axis_of_time(tmp_path, channels):
+    data = voxels(shape=(*SHAPE, 1, channels))
+    path = save(tmp_path / "x.nii.gz", data, UGLY[4])
+    stack = volume.open_volume(path)
+    plain = volume.open_volume(save(tmp_path / "four.nii", data[..., 0, :], UGLY[4]))
+    assert stack.channels == plain.channels == tuple(map(str, range(channels)))
+    assert torch.equal(stack.pixels, plain.pixels)
+    volume.write(stack.with_slices({4: stack.slice(4).pixels + 5}), tmp_path / "y.nii.gz")
+    same_geometry(path, tmp_path / "y.nii.gz")
+    difference = np.moveaxis(np.asarray(nib.load(tmp_path / "y.nii.gz").dataobj).astype(int) - data, stack.axis, 0)
+    assert (difference[4] == 5).all()
+    assert not np.delete(difference, 4, 0).any()
+    write_image(stack.slice(4), tmp_path / "slice.nii")
+    assert torch.equal(read(tmp_path / "slice.nii").pixels, stack.slice(4).pixels)
+    volume.write(stack.like(stack.pixels[:1]), tmp_path / "map.nii")
+    assert nib.load(tmp_path / "map.nii").shape == (data.shape if channels == 1 else SHAPE)
+
+
+def thin(path: Path, told: bool, shape=(11, 13, 5)) -> Path:
+    """Write a file of few slices, whose header tells that it has them or does not."""
+    image = nib.Nifti1Image(voxels(shape=shape), UGLY[1])
+    if told:
+        image.header.set_dim_info(freq=0, phase=1, slice=2)
+    nib.save(image, path)
+    return path
+
+
+def test_few_slices_are_a_volume_if_the_header_says_so(tmp_path):
+    path = thin(tmp_path / "x.nii", told=True)
+    assert volume.axial_count(path) == 5
+    stack = volume.open_volume(path)
+    assert stack.pixels.shape == (1, 5, 13, 11)
+    with pytest.raises(InputError, match="a volume of 11 x 13 x 5 voxels"):
+        read(path)
+    volume.write(stack, tmp_path / "y.nii")
+    assert volume.axial_count(tmp_path / "y.nii") == 5
+    write_image(stack.slice(2), tmp_path / "slice.nii")
+    assert read(tmp_path / "slice.nii").pixels.shape == (1, 13, 11)
+
+
+def test_few_slices_are_channels_if_nothing_is_said_but_a_fourth_axis_is(tmp_path):
+    assert len(read(thin(tmp_path / "x.nii", told=False)).pixels) == 5
+    assert volume.axial_count(tmp_path / "x.nii") is None
+    stack = volume.open_volume(thin(tmp_path / "four.nii", told=False, shape=(11, 13, 5, 1)))
+    assert stack.count == 5
+    mask = stack.mask(thin(tmp_path / "mask.nii", told=False), 2)  # few labels a pixel are no mask: these are slices
+    assert torch.equal(mask[0], (stack.pixels[0, 2] > 0).float())

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command needs it, so that `knife --help` answers at once.
 """
 
+import math
 import os
 import shlex
 import signal
@@ -18,9 +19,11 @@ import typer
 
 from knife import __version__
 from knife.cli.data import data_app
+from knife.cli.measure import calibrate
 from knife.cli.terminal import Show, duration, give, give_json, progress, say, show_facts, show_table, words
+from knife.cli.words import slice_range, span
 from knife.errors import KnifeError, SettingsError
-from knife.settings import DEFAULTS, Settings
+from knife.settings import DEFAULTS, FIRST, LEVEL, STEPS, Settings, Wish
 
 if TYPE_CHECKING:
     from knife.train import Budget
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 KNOWN = 0.03  # mean error of the unguided round trip, of the range, above which a model hardly knows an image
 SOME_FAILED = 3  # the exit code of a batch of which a part was done
 SHOWN_SKIPPED = 5  # skipped images that are named
+SHOWN_MISSED = 5  # images that did not reach their targets
 
 app = typer.Typer(
     help="Image-to-image translation with one diffusion model and many tasks.",
@@ -40,9 +44,13 @@ models_app = typer.Typer(help="Trained models: list, import and export them.", n
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
+app.command()(calibrate)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Models = Annotated[Path, typer.Option("--models", help="Folder of trained models.")]
+Nan = Annotated[
+    str | None, typer.Option("--nan", help="What to read NaN and infinite pixels as: fill=0; default: refuse them.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -137,6 +145,12 @@ def train(
     seed: Annotated[int, typer.Option("--seed", help="Seed of every random draw.")] = 0,
     every: Annotated[int, typer.Option("--every", help="Steps between checkpoints.")] = 500,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard too.")] = False,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="A network to measure results with: of clean images, half of the patients.")
+    ] = False,
+    spare_judge: Annotated[
+        bool, typer.Option("--spare-judge", help="Leave out the half of the patients that judges learn from.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Train a diffusion model or a task network; the same command again resumes."""
@@ -171,6 +185,8 @@ def train(
         accumulate=accumulate,
         every=every,
         tensorboard=tensorboard,
+        judge=judge,
+        spare_judge=spare_judge,
         command=command_line(sys.argv[1:]),
     )
     with interruptible() as caught, progress() as show:
@@ -191,19 +207,6 @@ def label_numbers(text: str | None) -> tuple[int, ...]:
     if any(number < 1 for number in numbers):
         raise SettingsError(f"--mask-labels {text}: give whole numbers from 1 on, such as 1,4.")
     return numbers
-
-
-def slice_range(text: str | None) -> tuple[int, int] | None:
-    """Read FIRST:LAST+1."""
-    if text is None:
-        return None
-    try:
-        first, end = map(int, text.split(":"))
-    except ValueError:
-        first, end = 0, 0
-    if not 0 <= first < end:
-        raise SettingsError(f"--slices {text}: give the first slice and the last + 1, such as 80:129.")
-    return first, end
 
 
 def command_line(arguments: Iterable[str]) -> str:
@@ -253,7 +256,8 @@ class TrainingView:
         from knife.doctor import learnt
 
         left = duration((budget.steps - budget.done) * budget.seconds_a_step)
-        found = f"{budget.images} images ({budget.layout}: {budget.why})"
+        images = f"{budget.images} images {budget.half}".strip()
+        found = f"{images} ({budget.layout}: {budget.why})"
         skipped = f"{len(budget.skipped)} skipped" if budget.skipped else ""
         label = f"learning {words}" if (words := learnt(budget.config)) else ""
         size = f"{budget.parameters:,} parameters"
@@ -278,10 +282,26 @@ class TrainingView:
 @app.command()
 def translate(
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, or folders with a file a sequence.")],
-    task: Annotated[str, typer.Option("--task", help="The task that guides: regress, classify, segment, a plugin's.")],
-    target: Annotated[
-        str, typer.Option("--target", help="What it shall become: 0.3, +, -, healthy, mask.nii, ellipse:x,y,rx,ry.")
+    task: Annotated[
+        list[str],
+        typer.Option("--task", help="The task that guides: regress, classify, segment, a plugin's; or several."),
     ],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", help="What it shall become: 0.3, +, -, healthy, mask.nii, ellipse:x,y,rx,ry; one for each task."
+        ),
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option("--by", help="Instead of --target, what to add to what is there: +15%, -0.02.")
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Of each task's guidance, if there are several; default: 1.")
+    ] = None,
+    window: Annotated[
+        list[str] | None,
+        typer.Option("--window", help="Noise levels LOW:HIGH that guide, for all tasks or for each; default: all."),
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.")] = Path("translated"),
     models: Models = Path("models"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Which models, where several fit.")] = None,
@@ -296,23 +316,42 @@ def translate(
     ] = None,
     region: Annotated[
         str | None,
-        typer.Option("--region", help="Where images may change: a mask, ellipse:cx,cy,rx,ry; default: anywhere."),
-    ] = None,
-    noise_level: Annotated[int, typer.Option("--noise-level", help="Level L to encode to.")] = DEFAULTS.noise_level,
-    steps: Annotated[
-        int | None,
         typer.Option(
-            "--steps", help=f"Steps to encode, and to decode; default: {DEFAULTS.steps}, or L if that is less."
+            "--region",
+            help="Where images may change: a mask, ellipse:cx,cy,rx,ry, or auto, where they change most; "
+            "default: anywhere, as growing tumours push what is round them.",
         ),
     ] = None,
-    scale: Annotated[float | None, typer.Option("--scale", help="The paper's s; default: by --strength.")] = None,
+    noise_level: Annotated[
+        int | None, typer.Option("--noise-level", help=f"Level L to encode to; default: as calibrated, else {LEVEL}.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help=f"Steps to encode, and to decode; default: {STEPS}, or L if that is less."),
+    ] = None,
+    scale: Annotated[float | None, typer.Option("--scale", help="The paper's s, fixed.")] = None,
     strength: Annotated[
         float | None,
-        typer.Option("--strength", help=f"Size of the guidance against the noise's; default: {DEFAULTS.strength}."),
+        typer.Option(
+            "--strength",
+            help=f"Size of the guidance against the noise's, fixed; default: {FIRST} or what reaches the target.",
+        ),
     ] = None,
-    guide_above: Annotated[
-        int, typer.Option("--guide-above", help="Noise level from which on down nothing guides.")
-    ] = DEFAULTS.guide_above,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance", help="How near the target is near enough; default: half of what the guide itself errs by."
+        ),
+    ] = None,
+    extrapolate: Annotated[
+        bool, typer.Option("--allow-extrapolation", help="Allow targets beyond the values that a guide was trained on.")
+    ] = False,
+    max_reconstruction: Annotated[
+        float,
+        typer.Option(
+            "--max-reconstruction", help="Refuse images that the model gives back, unguided, with a larger mean error."
+        ),
+    ] = DEFAULTS.max_reconstruction,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images translated at once.")] = DEFAULTS.batch_size,
     control: Annotated[
         bool, typer.Option("--control/--no-control", help="Add to the input only what guidance changed.")
@@ -323,6 +362,7 @@ def translate(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Voxels of NIfTI results: same (as the input, if all fit) or float32.")
     ] = DEFAULTS.dtype,
+    nan: Nan = None,
     page: Annotated[bool, typer.Option("--report", help="Write report.html too: one page that shows it all.")] = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -336,10 +376,12 @@ def translate(
         raise SettingsError("--slices and --slice: two ways to say the same; give one of them.")
     settings = Settings(
         noise_level=noise_level,
-        steps=min(DEFAULTS.steps, max(noise_level, 1)) if steps is None else steps,
+        steps=steps,
         scale=scale,
-        strength=DEFAULTS.strength if strength is None else strength,
-        guide_above=guide_above,
+        strength=strength,
+        tolerance=tolerance,
+        extrapolate=extrapolate,
+        max_reconstruction=max_reconstruction,
         batch_size=batch_size,
         control=control,
         clamp=clamp,
@@ -349,13 +391,13 @@ def translate(
     with saying_stopped(), progress() as show:
         done = run_translation(
             images,
-            task,
-            target,
+            *wishes(task, target or [], by, weight or [], window or []),
             out=out,
             models=models,
             dataset=dataset,
             settings=settings,
             region=region,
+            nan=nan,
             slices=slice_range(slices) if one_slice is None else (one_slice, one_slice + 1),
             device=device,
             started=say_how,
@@ -373,6 +415,7 @@ def translate(
     else:
         show_table([row(t.record) for t in done], words)
         say_doubts([t.record for t in done])
+        say_missed([t.record for t in done])
         for file in dict.fromkeys(t.files.image for t in done if t.files):
             give(file)
         if page:
@@ -382,6 +425,27 @@ def translate(
         for error in failures:
             say(f"  {error}")
         raise typer.Exit(SOME_FAILED)
+
+
+def wishes(
+    tasks: Sequence[str], targets: Sequence[str], by: str | None, weights: Sequence[float], windows: Sequence[str]
+) -> list[Wish]:
+    """Match tasks with targets, weights and windows, in the order given."""
+    if by is not None:
+        if targets or len(tasks) > 1:
+            raise SettingsError(
+                "--by: stands for the --target of a single --task; with several, give --target by:+15%."
+            )
+        targets = [f"by:{by}"]
+    if len(targets) != len(tasks):
+        raise SettingsError(f"--target: {len(targets)} for {len(tasks)} --task; give each task one target, in order.")
+    if len(weights) not in (0, len(tasks)):
+        raise SettingsError(f"--weight: {len(weights)} for {len(tasks)} --task; give each task one, or leave it out.")
+    if len(windows) not in (0, 1, len(tasks)):
+        raise SettingsError(f"--window: {len(windows)} for {len(tasks)} --task; give one for all, or one for each.")
+    told = [span("--window", text, "two noise levels, the lower one first, such as 100:475") for text in windows]
+    levels: Sequence[tuple[int, int] | None] = told * len(tasks) if len(told) == 1 else told or [None] * len(tasks)
+    return [Wish(*parts) for parts in zip(tasks, targets, weights or [1.0] * len(tasks), levels, strict=True)]
 
 
 @contextmanager
@@ -406,11 +470,28 @@ def say_doubts(records: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def say_missed(records: Sequence[Mapping[str, Any]]) -> None:
+    """Say which images did not come as near to their targets as they should, and by how much."""
+    missed = [record for record in records if record.get("reached") is False]
+    for record in missed[:SHOWN_MISSED]:
+        off = ", ".join(
+            f"{task} {error:.3g} off, {record['tolerance'][task]:.3g} allowed"
+            for task, error in record["error"].items()
+            if error > record["tolerance"].get(task, math.inf)
+        )
+        tried = ", ".join(f"{attempt['strength']:g}" for attempt in record.get("attempts", []))
+        where = f", slice {record['slice']}" if "slice" in record else ""
+        say(f"Not reached: {record['input'][0]}{where}: {off}{f' (strengths tried: {tried})' if tried else ''}.")
+    if len(missed) > SHOWN_MISSED:
+        say(f"Not reached: {len(missed)} of {len(records)} images in all; their records say by how much.")
+
+
 def say_how(about: Mapping[str, Any]) -> None:
     """Say what a translation is about to do, with which models and where."""
     settings, model = about["settings"], about["models"][0]
-    scale, strength = settings["scale"], settings["strength"]
-    guidance = f"strength {strength:g}" if scale is None else f"scale {scale:g}"
+    known = {"scale": settings["scale"], "strength": settings["strength"]}
+    fixed = [f"{name} {value:g}" for name, value in known.items() if value is not None]
+    guidance = fixed[0] if fixed else "strength as it takes"
     done = f" ({about['done']} more are done already)" if about["done"] else ""
     say(
         f"{about['images']} image{'s' * (about['images'] != 1)}{done}; models {model['dataset']}"
@@ -422,15 +503,24 @@ def say_how(about: Mapping[str, Any]) -> None:
 
 
 def row(record: Mapping[str, Any]) -> dict[str, object]:
-    """Return what the table says of one translation."""
-    seen = {f"{name} {when}": record[when][name] for name in record["after"] for when in ("before", "after")}
+    """Return what the table says of one translation: before, wanted, reached, what else changed, and the time."""
     first, *others = record["input"]
-    if "slice" in record:
-        changed = {name: record[name] for name in ("changed_inside", "changed_outside")}
-        parts = {name: "" if share is None else share for name, share in changed.items()}  # None: no such part there
-        return {"input": f"{first}, slice {record['slice']}", **seen, **parts, "seconds": record["seconds"]}
-    shown = f"{first} and {len(others)} more" if others else first
-    return {"input": shown, "target": record["target"], **seen, "seconds": record["seconds"]}
+    shown = (
+        f"{first}, slice {record['slice']}" if "slice" in record else first + f" and {len(others)} more" * bool(others)
+    )
+    seen = {f"{name} {when}": record[when][name] for name in record["after"] for when in ("before", "after")}
+    judged = {f"judge: {name}": value for name, value in record.get("judge", {}).get("after", {}).items()}
+    kept = {name: record["preservation"].get(name, "") for name in ("changed_inside", "changed_outside")}
+    whole = {"changed": record["preservation"]["changed"]}
+    return {
+        "input": shown,
+        "target": record["target"],
+        **seen,
+        **judged,
+        **(kept if any(value != "" for value in kept.values()) else whole),
+        **({"strength": record["strength"]} if "strength" in record else {}),
+        "seconds": record["seconds"],
+    }
 
 
 @app.command()
@@ -439,21 +529,22 @@ def sweep(
     task: Annotated[str, typer.Option("--task", help="The task that guides.")],
     targets: Annotated[str, typer.Option("--targets", help="Targets, a column each: 0.02,0.05,0.1.")],
     noise_levels: Annotated[
-        str, typer.Option("--noise-levels", help="Levels to encode to, a row each: 200,400.")
-    ] = str(DEFAULTS.noise_level),
+        str | None, typer.Option("--noise-levels", help="Levels to encode to, a row each: 200,400; default: the usual.")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the sheet.")] = Path("translated"),
     models: Models = Path("models"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Which models, where several fit.")] = None,
     one_slice: Annotated[int | None, typer.Option("--slice", help="Axial slice of a volume.")] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Steps to encode, and to decode.")] = DEFAULTS.steps,
-    strength: Annotated[float, typer.Option("--strength", help="Size of the guidance.")] = DEFAULTS.strength,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps to encode, and to decode.")] = None,
+    strength: Annotated[float | None, typer.Option("--strength", help="Size of the guidance.")] = None,
+    nan: Nan = None,
     device: Device = "auto",
 ) -> None:
     """Translate one image towards several targets, from several noise levels, onto one sheet."""
     from knife.sweep import sweep as run_sweep
 
     try:
-        levels = [int(level) for level in noise_levels.split(",")]
+        levels = [int(level) for level in noise_levels.split(",")] if noise_levels else []
     except ValueError:
         raise SettingsError(f"--noise-levels {noise_levels}: give whole numbers, such as 200,400.") from None
     with progress() as show:
@@ -467,6 +558,7 @@ def sweep(
             progress=lambda done, total: show("sweeping", done, total),
             models=models,
             dataset=dataset,
+            nan=nan,
             slices=None if one_slice is None else (one_slice, one_slice + 1),
             device=device,
         )

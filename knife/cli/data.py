@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from knife.cli.terminal import give, give_json, progress, say, show_facts, show_table
+from knife.cli.words import slice_range
 
 SHOWN = 10  # problems of one kind, notes, and values of a column that are shown
 
@@ -48,14 +49,19 @@ def data_check(
     slices: Annotated[
         str | None, typer.Option("--slices", help="Axial slices of volumes, FIRST:LAST+1, as 80:129; default: all.")
     ] = None,
+    nan: Annotated[
+        str | None, typer.Option("--nan", help="What to read NaN and infinite pixels as: fill=0; default: a problem.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every value and problem.")] = False,
 ) -> None:
     """Say what a data folder holds, and what is wrong with it; the exit code is 1 if anything is."""
-    from knife.cli import slice_range
+    from knife.finite import fill_of
     from knife.survey import survey
 
     with progress() as show:
-        report = survey(folder, layout, slice_range(slices), lambda done, total: show("checked", done, total))
+        report = survey(
+            folder, layout, slice_range(slices), lambda done, total: show("checked", done, total), fill_of(nan)
+        )
     if as_json:
         give_json(report)
     else:

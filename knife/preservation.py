@@ -1,0 +1,74 @@
+"""How much of an image stayed: what changed inside and outside of where it should, and how alike the rest looks."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from knife.image import Image
+
+SIGMA, REACH = 1.5, 5  # of the window that SSIM compares through, in pixels (Wang et al. 2004)
+C1, C2 = 0.01**2, 0.03**2  # its constants, for intensities from 0 to 1
+SMOOTH = 2.0  # pixels over which a change is averaged before it is asked where it is large
+LARGE = 0.25  # share of the largest change from which one counts as large
+
+
+def preserved(before: Image, after: Image, inside: Tensor | None = None) -> dict[str, float]:
+    """Measure what changed of an image, as shares of its window, background left out.
+
+    Args:
+        before: the image.
+        after: what became of it.
+        inside: where it may well have changed, [1, H, W] bool; None: not known.
+
+    Returns:
+        changed: the mean absolute change. Then, where `inside` is known, the same inside and outside of it, the share
+        of all change that lies outside, and of what is outside the 95th percentile of the change and the SSIM; where it
+        is not, the last two of the whole.
+    """
+    x, y = before.normalised(None, (0.0, 1.0)), after.normalised(None, (0.0, 1.0))
+    low, high = before.window[:, :, None, None].unbind(1)
+    change = ((after.pixels - before.pixels).abs() / (high - low)).mean(0)
+    seen = ~before.background
+    alike = ssim(x, y).mean(0)
+    told = {"changed": mean_of(change, seen)}
+    rest, where = seen, ""
+    if inside is not None:
+        rest, where = seen & ~inside[0], "_outside"
+        whole = float(change[seen].sum())
+        told |= {
+            "changed_inside": mean_of(change, seen & inside[0]),
+            "changed_outside": mean_of(change, rest),
+            "share_outside": float(change[rest].sum()) / whole if whole else 0.0,
+        }
+    if rest.any():
+        told |= {f"p95{where}": float(change[rest].quantile(0.95)), f"ssim{where}": float(alike[rest].mean())}
+    return {name: float(f"{value:.4g}") for name, value in told.items()}
+
+
+def mean_of(values: Tensor, where: Tensor) -> float:
+    """Return the mean of values [H, W] where [H, W] says, 0 of nothing."""
+    return float(values[where].mean()) if where.any() else 0.0
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Return the structural similarity of images [C, H, W] from 0 to 1 at every pixel (Wang et al. 2004, eq. 13)."""
+    x, y = x.double(), y.double()  # variances are small differences
+    mx, my = smoothed(x, SIGMA, REACH), smoothed(y, SIGMA, REACH)
+    vx, vy = smoothed(x * x, SIGMA, REACH) - mx * mx, smoothed(y * y, SIGMA, REACH) - my * my
+    both = smoothed(x * y, SIGMA, REACH) - mx * my
+    return (2 * mx * my + C1) * (2 * both + C2) / ((mx * mx + my * my + C1) * (vx + vy + C2))
+
+
+def smoothed(x: Tensor, sigma: float, reach: int) -> Tensor:
+    """Return [C, H, W] blurred by a Gaussian; at the border, by what of it lies within."""
+    offsets = torch.arange(-reach, reach + 1, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    window = (kernel[:, None] * kernel)[None, None]
+    ones = torch.ones_like(x[:1])
+    return F.conv2d(x[:, None], window, padding=reach)[:, 0] / F.conv2d(ones[:, None], window, padding=reach)[:, 0]
+
+
+def changed_most(change: Tensor) -> Tensor:
+    """Return where a change [C, h, w] is large, [1, h, w] float, 0 or 1: nowhere if it is nil."""
+    size = smoothed(change.abs().mean(0, keepdim=True), SMOOTH, round(3 * SMOOTH))
+    return ((size >= LARGE * size.max()) & (size > 0)).float()
