@@ -28,6 +28,7 @@ from knife.ddim import decode, encode
 from knife.devices import enough_memory, resolve_device
 from knife.errors import InputError, KnifeError, ModelError, SamplingError, SettingsError, TaskError
 from knife.files import room
+from knife.finite import fill_of
 from knife.schedule import Schedule, noise, path, timestep
 from knife.settings import DEFAULTS, LEVEL, STEPS
 from knife.tasks import Task, task
@@ -39,7 +40,7 @@ ROUND_TRIPS = 8  # images that are encoded and decoded
 ENCODED_TO = (0.2, 0.3, 0.4, 0.475, 0.5, 0.6, 0.75)  # of T
 WALKED_IN = (10, 20, 50, 100)  # steps
 NO_SKILL = 0.1  # a guide of less skill on clean images knows nothing of them
-HIDDEN = 0.75  # of the skill on clean images is left at the level that is chosen
+HIDDEN = 0.8  # of the skill on clean images is left at the level that is chosen
 LOST = 0.5  # of it is left where a guide's window ends
 LEAST_NOISE, MOST_NOISE = 0.2, 0.025  # alpha_bar at the lowest and the highest level that is chosen
 FAITHFUL = 0.03  # error of the round trip, a share of the value range, that the chosen level keeps below
@@ -290,7 +291,7 @@ def chosen(seen: Sight, schedule: Schedule, trip: RoundTrip | None) -> Choice:
     """Choose the noise level to encode to, and the level below which the guide knows something.
 
     What the noise leaves to be seen, the diffusion model sees too, and makes again; what it has hidden, the guide can
-    hardly steer. So the level is taken at which a guide has lost a quarter of the skill that it has on clean images:
+    hardly steer. So the level is taken at which a guide has lost a fifth of the skill that it has on clean images:
     by then the noise hides part of what the task is about, and the guide still sees most of it. It is kept below the
     level at which the round trip misses its input by 3 % of the range, and, above all, between the levels at which a
     fifth and a fortieth of an image's variance is left, lest a weak guide ask for hardly any noise.
@@ -413,7 +414,7 @@ def form_of(card: Card) -> data.Form:
     """Return what a network's images are brought to, as its training did."""
     spec, trained = card.spec, card.training.get("settings", {})
     labels, brain = tuple(trained.get("mask_labels") or ()), trained.get("min_brain") or 0.0
-    return data.Form(spec.channels, spec.size, spec.value_range, spec.crop, labels, brain)
+    return data.Form(spec.channels, spec.size, spec.value_range, spec.crop, labels, brain, fill_of(trained.get("nan")))
 
 
 def subject_of(stored: Stored, cases: Sequence[data.Case]) -> Subject:

@@ -1,8 +1,8 @@
 """How good edits are: images set apart are translated towards several targets, as users do it, and measured.
 
 What the guide sees in a result tells little, as the guide is what made it: a network is easily pleased by what is
-drawn for it alone. So all that is read off a result is read twice, by the guide and by the judge, if there is one. Every
-figure has a 95 % interval, from resampling patients (images, where no patient is known).
+drawn for it alone. So all that is read off a result is read twice, by the guide and by the judge, if there is one.
+Every figure has a 95 % interval, from resampling patients (images, where no patient is known).
 
 A row is one translation; what its names mean:
 
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from knife import data, panel, tasks
-from knife.bootstrap import RESAMPLES, Figure, Statistic, figure, mean, median, slope, spearman
+from knife.bootstrap import RESAMPLES, Figure, Statistic, figure, mean, median, rounded, slope, spearman
 from knife.calibrate import form_of, opened
 from knife.data import Case, Form
 from knife.devices import resolve_device
@@ -44,8 +44,8 @@ from knife.layouts import SPLIT_NAMES, Entry, Folder
 from knife.outputs import Edit, Translation, refusing_disk, without_folder
 from knife.pairs import Pair, choose
 from knife.settings import DEFAULTS, Settings, Wish
-from knife.steering import Job, Reader, run
-from knife.translation import Ticks, about_walk, absolute, asked, check, job_of, level_of
+from knife.steering import Job, Reader, Ticks, run
+from knife.translation import about_walk, absolute, asked, check, job_of, level_of
 from knife.volume import Volume
 
 WHO = ("guide", "judge")
@@ -167,22 +167,21 @@ def evaluate(
     samples, skipped = read(set_apart(source, split), form_of(pair.guide.card), count, seed)
     job = job_of([tasks.task(task)], wishes[:1], [pair], settings, where)
     asks, failed = asks_of(job, wishes, samples)
-    job = replace(job, tick=Ticks(job, len(asks), progress))
-    rows = [row_of(ask, one, task) for ask, one in translated(job, asks, failed)]
+    job = replace(job, ticks=Ticks(len(asks), 1 + job.rounds, len(job.levels) - 1, progress))
+    rows = [row_of(ask, one) for ask, one in translated(job, asks, failed)]
     images = [image_row(job, sample, rows) for sample in samples]
+    parts = {ask.target: [row for row in rows if row["target"] == ask.target] for ask in asks}
     about = {
         "dataset": dataset,
         "task": task,
-        "targets": [without_folder(wish.target) for wish in wishes],
+        "targets": [*parts],
         "split": split,
         **about_images(source, samples, pair, seed),
         "judge": job.guides[0].judge is not None,
         "device": f"{where}: {why}",
         **about_walk(job, [pair]),
     }
-    by_target = {
-        target: figures_of([row for row in rows if row["target"] == target], [], seed) for target in about["targets"]
-    }
+    by_target = {target: figures_of(part, [], seed) for target, part in parts.items()}
     files = Files(*(out / f"evaluation{end}" for end in (".json", ".csv", ".png")))
     found = Evaluation(about, rows, images, figures_of(rows, images, seed), by_target, failed, skipped, files)
     save(found)
@@ -304,18 +303,219 @@ def translated(job: Job, asks: Sequence[Ask], failed: list[Row]) -> Iterator[tup
     Raises:
         KnifeError: if all fail: why the first did.
     """
-    errors, done = list[KnifeError](), 0
+    errors = list[KnifeError]()
+    reasons = iter(errors)  # heard in the order of the images that fail
     results = run(job, [ask.edit for ask in asks], lambda file, error: errors.append(error))
     for ask, one in zip(asks, results, strict=True):
         if one is None:
-            failed.append(miss(ask.sample, ask.target, errors[len(asks) and -1]))
+            failed.append(miss(ask.sample, ask.target, next(reasons)))
         else:
-            done += 1
             yield ask, one
-    if not done:
+    if len(errors) == len(asks):
         raise errors[0]
 
 
 def miss(sample: Sample, target: str, error: KnifeError) -> Row:
     """Return what is said of a translation that failed."""
     return {"image": sample.entry.name, "target": target, "why": str(error)}
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+def row_of(ask: Ask, one: Translation) -> Row:
+    """Return what one translation came to."""
+    record, entry = one.record, ask.sample.entry
+    drift = record.get("others", {"before": {}, "after": {}})
+    return {
+        "image": entry.name,
+        "patient": entry.key,
+        "target": ask.target,
+        "wanted": number_of(ask.text) if len(record["after"]) == 1 else None,
+        **reading("guide", ask, record),
+        **reading("judge", ask, record.get("judge", {})),
+        **record["preservation"],
+        **{name: record[name] for name in ("reconstruction", "effect") if name in record},
+        **{f"drift: {name}": rounded(abs(value - drift["before"][name])) for name, value in drift["after"].items()},
+        **{name: record[name] for name in ("reached", "strength") if name in record},
+        "decodes": len(record.get("attempts", [()])),
+        "seconds": record["seconds"],
+    }
+
+
+def reading(who: str, ask: Ask, seen: Mapping[str, Any]) -> Row:
+    """Return what a network sees of one translation: `seen` has its numbers before and after, and the error."""
+    before, after = seen.get("before", {}), seen.get("after", {})
+    name = score_of(after, ask.text)
+    if name is None:
+        return {f"{who}_error": error_in(seen)}
+    row = {f"{who}_before": before[name], f"{who}_after": after[name], f"{who}_error": error_in(seen)}
+    wanted = number_of(ask.text)
+    if len(after) == 1 and wanted is not None:
+        row[f"{who}_within"] = abs(after[name] - wanted) <= NEAR * abs(wanted)
+    if name.startswith("p("):
+        row[f"{who}_flipped"] = None if likeliest(before) == name else likeliest(after) == name
+    return row
+
+
+def score_of(numbers: Mapping[str, float], target: str) -> str | None:
+    """Return which of a task's numbers says how it stands: p(wanted class), the Dice, or its only one."""
+    for name in (f"p({target})", "dice"):
+        if name in numbers:
+            return name
+    return next(iter(numbers)) if len(numbers) == 1 else None
+
+
+def likeliest(numbers: Mapping[str, float]) -> str:
+    """Return the name of the largest number."""
+    return max(numbers, key=lambda name: numbers[name])
+
+
+def error_in(seen: Mapping[str, Any]) -> float | None:
+    """Return the one task's distance from its target, if there is one."""
+    error = next(iter(seen.get("error", {}).values()), None)
+    return error if error is not None and math.isfinite(error) else None
+
+
+def number_of(text: str) -> float | None:
+    """Return a text as a finite number, or None if it is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def image_row(job: Job, sample: Sample, rows: Sequence[Row]) -> Row:
+    """Return what is known of one image over all of its translations."""
+    guide, mine = job.guides[0], [row for row in rows if row["image"] == sample.entry.name]
+    row: Row = {"image": sample.entry.name, "patient": sample.entry.key}
+    for who, reader in zip(WHO, (guide, guide.judge), strict=True):
+        if reader:
+            row |= {f"{who}_own_error": own_error(reader, sample.case, job.device), f"{who}_rising": rising(who, mine)}
+    return row
+
+
+def own_error(reader: Reader, case: Case, device: str) -> float | None:
+    """Return how far a network is from an image's own label; None if the data do not tell it."""
+    try:
+        label = reader.task.label(case, reader.stored.card.config)
+    except InputError:
+        return None
+    [error] = reader.error(case.pixels[None].to(device), label[None].to(device))
+    return error if math.isfinite(error) else None
+
+
+def rising(who: str, rows: Sequence[Row]) -> bool | None:
+    """Tell whether the numbers of an image's results rise with those wanted; None of fewer than two."""
+    points = sorted((row["wanted"], row[f"{who}_after"]) for row in rows if row["wanted"] is not None)
+    return all(a[1] < b[1] for a, b in pairwise(points)) if len(points) > 1 else None
+
+
+# --------------------------------------------------------------------------------------------------------- the figures
+
+
+def figures_of(rows: Sequence[Row], images: Sequence[Row], seed: int) -> dict[str, Figure]:
+    """Return all figures that translations and images have, by name, each with its interval."""
+    kinds = [(rows, *one) for one in measures(rows)] + [(images, *one) for one in measures(images)]
+    found = ((name, measured(table, statistic, columns, seed)) for table, name, statistic, columns in kinds)
+    return {name: one for name, one in found if one}
+
+
+def measures(rows: Sequence[Row]) -> Iterator[tuple[str, Statistic, tuple[str, ...]]]:
+    """Yield what can be measured of rows: a name, the statistic, and its columns."""
+    alike = len({row.get("target") for row in rows}) == 1 or all(row.get("wanted") is None for row in rows)
+    for who in WHO:
+        before, after, error = (f"{who}_{word}" for word in ("before", "after", "error"))
+        yield f"{error}_median", median, (error,)
+        if alike:  # of several numbers wanted, a median says nothing
+            yield f"{before}_median", median, (before,)
+            yield f"{after}_median", median, (after,)
+        yield f"{who}_spearman", spearman, ("wanted", after)
+        yield f"{who}_slope", slope, ("wanted", after)
+    for column in columns_of(rows):
+        if column not in NO_FIGURE:
+            yield column, mean, (column,)
+
+
+def measured(rows: Sequence[Row], statistic: Statistic, columns: Sequence[str], seed: int) -> Figure | None:
+    """Measure the rows that have all of some columns; None if there are none, or it is not defined for them."""
+    full = [row for row in rows if all(row.get(column) is not None for column in columns)]
+    values = np.array([[row[column] for column in columns] for row in full], dtype=float)
+    return figure(statistic, values, [row["patient"] for row in full], seed)
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Return the names of all columns, in their order."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+def save(found: Evaluation) -> None:
+    """Write the picture, the table and, last, the record.
+
+    Raises:
+        SettingsError: if the disk refuses.
+    """
+    text = json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n"
+    with refusing_disk(found.files.record.parent):
+        write_safely(found.files.picture, drawn(found))
+        write_safely(found.files.table, table(found.rows))
+        write_safely(found.files.record, text.encode())
+
+
+def table(rows: Sequence[Row]) -> bytes:
+    """Return rows as CSV; a cell without a value is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns_of(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode(errors="backslashreplace")
+
+
+def drawn(found: Evaluation) -> bytes:
+    """Draw wanted against achieved numbers, or the scores before and after; the errors; and what changed."""
+    charts = [
+        panel.chart(lines, x_name, title) for lines, x_name, title in curves(found) if any(x.points for x in lines)
+    ]
+    return panel.png(panel.beside(charts), synthetic=False)
+
+
+def curves(found: Evaluation) -> Iterator[tuple[list[panel.Line], str, str]]:
+    """Yield the charts as their lines, the name of the x axis, and the title."""
+    rows, task, of_images = found.rows, found.about["task"], "% of the translations, sorted"
+    wanted = [row["wanted"] for row in rows if row["wanted"] is not None]
+    if len({*wanted}) > 1:
+        ends = [(end, end) for end in (min(wanted), max(wanted))]
+        yield [panel.Line("wanted", ends), *(response(who, found) for who in WHO)], "wanted", f"{task}: median achieved"
+    else:
+        lines = [sorted_values("before", rows, "judge_before" if found.about["judge"] else "guide_before")]
+        lines += [sorted_values(who, rows, f"{who}_after") for who in WHO]
+        yield lines, of_images, f"{task}: score, before and after"
+    blank = panel.Line("", [])  # leaves guide and judge their colours
+    errors = [sorted_values(who, rows, f"{who}_error") for who in WHO]
+    yield [blank, *errors], of_images, f"{task}: distance from the target"
+    changes = [sorted_values(name, rows, name, 100) for name in ("changed", "changed_outside")]
+    yield changes, of_images, "mean change, % of the image's window"
+
+
+def response(who: str, found: Evaluation) -> panel.Line:
+    """Return the line of the median numbers achieved over those wanted, a point for each target."""
+    points = []
+    for target in found.about["targets"]:
+        pairs = [(row["wanted"], row.get(f"{who}_after")) for row in found.rows if row["target"] == target]
+        known = np.array([pair for pair in pairs if None not in pair], dtype=float)
+        if len(known):
+            wanted, achieved = np.median(known, axis=0).tolist()
+            points.append((wanted, achieved))
+    return panel.Line(who if points else "", sorted(points))
+
+
+def sorted_values(name: str, rows: Sequence[Row], column: str, unit: float = 1.0) -> panel.Line:
+    """Return the line of a column's quantiles: at x percent of the translations the value is at most y."""
+    values = [unit * row[column] for row in rows if row.get(column) is not None]
+    if not values:
+        return panel.Line("", [])
+    return panel.Line(name, [(float(x), float(np.percentile(values, x))) for x in SHARES])

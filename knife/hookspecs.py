@@ -30,7 +30,8 @@ OPTIONAL = ("configure", "evaluate", "error")
 def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
     """Return what the task must remember of its training data, as JSON: class names, range and unit of the label.
 
-    `label` is the user's --label, or None: then the task chooses. Optional; without it the config is empty.
+    `label` is the user's --label, or None: then the task chooses. Optional; without it the config is empty. A number
+    `tolerance` in it says which `error` is near enough for anybody, where that is more than the network's own.
     """
 
 

@@ -154,5 +154,6 @@ def unnamed(channels: Sequence[str]) -> bool:
 
 def model_record(stored: Stored) -> dict[str, Any]:
     """Return what a record says of a model: which it is, how long it was trained, and the hash of its file."""
-    about = {"dataset": stored.card.dataset, "kind": stored.card.kind, "steps": stored.card.training.get("step")}
+    card = stored.card
+    about = {"dataset": card.dataset, "kind": card.kind, "judge": card.judge, "steps": card.training.get("step")}
     return {**about, "sha256": digest(stored.path)}

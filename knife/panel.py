@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ LEFT, TOP = 72, 52  # room for the names of rows and columns
 LONGEST = 512  # pixels; larger images are drawn smaller
 DARK, PALE, RED = (24, 24, 24), (170, 170, 170), (255, 64, 64)
 DASH = 3  # pixels
-HEAT = (  # from black to pale yellow in steps of one lightness (CIELAB L* 0, 12, 24, ... 96), hues from violet to yellow
+HEAT = (  # from black to pale yellow in equal steps of lightness (CIELAB L* 0, 12, 24, ... 96), from violet to yellow
     (0, 0, 0), (33, 27, 58), (86, 38, 89), (141, 52, 101), (183, 80, 103), (208, 121, 110), (219, 165, 135),
     (245, 203, 146), (255, 245, 188),
 )  # fmt: skip
@@ -112,7 +113,7 @@ def captioned(
     for i, name in enumerate(row_names):
         pen.text((8, TOP + zoom * (GAP + i * (height + GAP)) + 4), name, fill=PALE, font=font)
     for i, line in enumerate(notes):
-        for j, note in enumerate(line):
+        for j, note in filter(itemgetter(1), enumerate(line)):
             place = LEFT + zoom * (GAP + j * (width + GAP)) + 4, TOP + zoom * (GAP + i * (height + GAP)) + 4
             pen.rectangle(pen.textbbox(place, note, font=font), fill=DARK)
             pen.text(place, note, fill="white", font=font)

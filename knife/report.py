@@ -24,9 +24,9 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 248, 22, 140  # its frame
 DASHES = ((0, 0, 0), (255, 255, 255))  # of the region's outline
 CYAN = (64, 224, 255)  # of the wanted mask's on the map, whose colours are warm
 MEANT = {  # what a record calls it, and what the page does
-    "effect": "guidance changed, on the mean",
-    "reconstruction": "unguided, it comes back with a mean error of",
-    "changed": "mean change",
+    "effect": "mean effect of guidance, background included",
+    "reconstruction": "mean error of the unguided round trip, likewise",
+    "changed": "mean change, background left out",
     "changed_inside": "mean change inside",
     "changed_outside": "mean change outside",
     "share_outside": "share of the change that lies outside",
@@ -70,8 +70,8 @@ def write_report(translations: Sequence[Translation], path: Path) -> None:
 def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what was set, and where it ran."""
     told = {**record["settings"], "region": record["region"], "device": record["device"], "ops": record["ops"]}
-    words = {True: "yes", False: "no"}
-    named = [(name.replace("_", " "), words.get(value, value)) for name, value in told.items() if value is not None]
+    said = {name: "yes" if value is True else "no" if value is False else value for name, value in told.items()}
+    named = [(name.replace("_", " "), value) for name, value in said.items() if value is not None]
     return [*named, ("knife, torch", f"{record['knife']}, {record['torch']}")]
 
 
@@ -100,6 +100,7 @@ def section(one: Translation) -> dict[str, Any]:
         "pairs": pairs(before, after, record["channels"], wanted),
         "masked": wanted is not None,
         "region": one.region is not None,
+        "inside": "changed_inside" in record["preservation"],
         "change": uri(marked(panel.heat(change, float(change.max())), wanted, fitted(one.region))),
         "peak": f"{float(change.max()):.2g}",
         "courses": courses(record),
@@ -188,11 +189,11 @@ def marked(tile: panel.Tile, wanted: Tensor | None, region: Tensor | None) -> pa
 
 
 def pairs(before: Tensor, after: Tensor, channels: Sequence[str], mask: Tensor | None) -> list[dict[str, str]]:
-    """Return input and output for each channel [C, H, W], or for the colours together."""
+    """Return input and output for each channel [C, H, W], or for the colours together, with the outline of a mask."""
     colour = tuple(channels) == panel.COLOUR
     tiles = zip(panel.tiles(before, 0, 1, colour), panel.tiles(after, 0, 1, colour), strict=True)
     return [
-        {"name": name, "before": uri(a), "after": uri(panel.outlined(b, mask))}
+        {"name": name, "before": uri(panel.outlined(a, mask)), "after": uri(panel.outlined(b, mask))}
         for name, (a, b) in zip(["image"] if colour else channels, tiles, strict=True)
     ]
 

@@ -7,7 +7,6 @@ LEVEL = 475  # L, where no calibration says better
 STEPS = 50  # of encoding, and again of decoding
 STRENGTH = 0.2  # where the loop cannot be closed
 FIRST, ROUNDS = 0.1, 3  # the strength that the closed loop begins with, and the times that it decodes an image
-OWN_ERROR = 0.5  # share of a guide's own error on clean images that is its tolerance
 
 
 class Wish(NamedTuple):

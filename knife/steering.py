@@ -24,7 +24,7 @@ from knife.outputs import Edit, Translation
 from knife.pairs import unnamed
 from knife.preservation import changed_most, preserved
 from knife.schedule import path, timestep
-from knife.settings import FIRST, OWN_ERROR, ROUNDS, STRENGTH, Settings
+from knife.settings import FIRST, ROUNDS, STRENGTH, Settings
 from knife.tasks import Task
 
 Failed = Callable[[Path, KnifeError], None]  # hears of a file that could not be translated, and why
@@ -72,8 +72,41 @@ class Guide(Reader):
 
     def tolerance(self, settings: Settings) -> float:
         """Return how near an image must be to its target; infinity if there is no telling what is near."""
-        own = OWN_ERROR * self.stored.card.guidance.get("error", math.inf)
-        return own if settings.tolerance is None else settings.tolerance
+        card = self.stored.card
+        own = card.guidance.get("error", math.inf)  # nearer than it can tell is not nearer
+        return max(own, card.config.get("tolerance", 0.0)) if settings.tolerance is None else settings.tolerance
+
+
+class Ticks:
+    """Counts the steps of all images, of which those that reach their targets early need fewer than were foreseen.
+
+    images: how many there are. walks: how often each is walked at most, up or down. steps: of a walk.
+    """
+
+    def __init__(
+        self, images: int = 1, walks: int = 1, steps: int = 1, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.total, self.each, self.progress = images * walks * steps, walks * steps, progress
+        self.behind, self.ahead, self.images = 0, 0, 0
+
+    def batch(self, images: int) -> None:
+        """Hear that a batch begins: what the one before it did not need is skipped."""
+        self.behind, self.ahead = self.behind + self.each * self.images, 0
+        self.images = images
+
+    def step(self) -> None:
+        """Hear of a step of the whole batch."""
+        self.ahead += self.images
+        self.tell(min(self.behind + min(self.ahead, self.each * self.images), self.total))
+
+    def done(self) -> None:
+        """Hear that the last batch is done."""
+        self.tell(self.total)
+
+    def tell(self, done: int) -> None:
+        """Pass on how far it is."""
+        if self.progress:
+            self.progress(done, self.total)
 
 
 @dataclass(frozen=True)
@@ -87,7 +120,7 @@ class Job:
     device: str
     onlookers: tuple[Reader, ...] = ()  # of tasks that do not guide, to see what happens to them
     about: Mapping[str, Any] = field(default_factory=dict)  # what each record begins with
-    tick: Callable[[], None] = lambda: None  # called after every step
+    ticks: Ticks = field(default_factory=Ticks)  # hears of every step
 
     @property
     def levels(self) -> list[int]:
@@ -178,6 +211,8 @@ def run(job: Job, edits: Sequence[Edit], failed: Failed | None = None) -> Iterat
             size = len(batch) // 2
             continue
         first += len(batch)
+        if first == len(edits):
+            job.ticks.done()
         yield from done
 
 
@@ -202,6 +237,7 @@ def translate_batch(job: Job, edits: Sequence[Edit]) -> list[Translation]:
         InputError: if the model does not know one: unguided, it does not come back.
     """
     began = time.perf_counter()
+    job.ticks.batch(len(edits))
     start = encoded(job, edits)
     strengths = first_strengths(job, start)
     start, tried = attempt(job, start, strengths)
@@ -270,7 +306,7 @@ def encoded(job: Job, edits: Sequence[Edit]) -> Start:
     trajectory = {0: x} if held else {}
 
     def climb(level: int, x: Tensor) -> None:
-        job.tick()
+        job.ticks.step()
         if held:
             trajectory[level] = x
 
@@ -290,7 +326,7 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
     along: list[tuple[int, Numbers]] = [(job.levels[-1], seen(job, start, job.levels[-1], start.noisy))]
 
     def descend(level: int, x: Tensor) -> None:
-        job.tick()
+        job.ticks.step()
         check_sane(job, start.edits, level, x[: len(start.edits)])
         if level in looks:
             along.append((level, seen(job, start, level, x[: len(start.edits)])))
@@ -338,7 +374,7 @@ def attempts_of(
     limits = {guide.task.name: guide.tolerance(job.settings) for guide in job.guides}
     made = []
     for i, result in enumerate(results):
-        error = {task: values[i] for task, values in errors.items() if not math.isnan(values[i])}
+        error = of(i, errors)
         miss = max((error[task] / max(limits[task], TINY) for task in error), default=math.inf)
         course = [{"level": level, **of(i, numbers)} for level, numbers in along]
         made.append(Attempt(strengths[i], change[i], result, of(i, after), error, course, miss))
@@ -511,8 +547,8 @@ def rounded(values: Tensor) -> list[float]:
 
 
 def of(i: int, numbers: Numbers) -> dict[str, float]:
-    """Return the numbers of image number `i`."""
-    return {name: values[i] for name, values in numbers.items()}
+    """Return the numbers of image number `i`; one that is not known is left out."""
+    return {name: values[i] for name, values in numbers.items() if not math.isnan(values[i])}
 
 
 def sizes(job: Job, difference: Tensor) -> list[float]:

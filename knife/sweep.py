@@ -1,6 +1,6 @@
 """One image towards several targets, from several noise levels, on one sheet: how far a knob turns the image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,10 @@ def sweep(
 
 
 def sheet(rows: Sequence[Sequence[Translation]]) -> bytes:
-    """Draw the input, and a column for each target: the channel that changes most, or the colours, and the change."""
+    """Draw the input, and a column for each target: the channel that changes most, or the colours, and the change.
+
+    Each map tells what was reached; what was wanted, if a mask, is outlined in the result.
+    """
     first = rows[0][0]
     colour = tuple(first.record["channels"]) == panel.COLOUR
     changes = torch.stack([one.change.abs().mean((1, 2)) for row in rows for one in row])
@@ -81,20 +84,44 @@ def sheet(rows: Sequence[Sequence[Translation]]) -> bytes:
     start = first.source.normalised(None, (0, 1))
     ends = [[one.result.normalised(None, (0, 1)) for one in row] for row in rows]
     peak = max(float((end - start).abs().sum(0).max()) for row in ends for end in row)
-    tiles, names = [], []
+    tiles, names, notes = [], [], []
     for row, results in zip(rows, ends, strict=True):
         level = f"L = {row[0].record['settings']['noise_level']}"
-        tiles.append([seen(start), *(seen(end) for end in results)])
+        tiles.append([seen(start), *map(outlined, map(seen, results), row)])
         maps = [panel.heat(panel.fitting((end - start).abs().sum(0, keepdim=True))[0], peak) for end in results]
         tiles.append([seen(start) * 0, *maps])
         names += [level, "change"]
+        notes += [[], ["", *(f"{reached(one)}\n{judged(one)}".strip() for one in row)]]
     shown = "" if colour else f", {first.record['channels'][most]}"
-    title = f"{', '.join(first.record['input'][:1])}: {first.record['task']}{shown}"
-    columns = ["input", *(f"{one.record['target']}{reached(one)}" for one in rows[0])]
-    return panel.png(panel.captioned(tiles, max(1, 128 // tiles[0][0].shape[1]), title, names, columns))
+    title = f"{first.record['input'][0]}: {first.record['task']}{shown}; change from 0 to {peak:.2g} of the window"
+    columns = ["input", *map(wanted, rows[0])]
+    return panel.png(panel.captioned(tiles, max(1, 128 // tiles[0][0].shape[1]), title, names, columns, notes))
+
+
+def outlined(tile: panel.Tile, one: Translation) -> panel.Tile:
+    """Return the tile of a result with the wanted mask, if one was."""
+    return tile if one.wanted is None else panel.outlined(tile, panel.fitting(one.wanted[None].float())[0] > 0.5)
+
+
+def wanted(one: Translation) -> str:
+    """Say what was wanted; where that counts from the image, what it comes to."""
+    (target,) = one.record["wanted"].values()
+    return f"{one.record['target']} = {target}" if target != one.record["target"] else f"wanted {target}"
 
 
 def reached(one: Translation) -> str:
-    """Say in few words what the guide saw at the end, if that is one number."""
-    after = one.record["after"]
-    return f" ({next(iter(after.values())):.3g})" if len(after) == 1 else ""
+    """Say in few words what the guide saw in the end, and whether that is near enough, if anybody knows."""
+    told = {True: ", reached", False: ", not reached", None: ""}[one.record.get("reached")]
+    return f"{number(one.record['after'], one.record.get('error', {}))}{told}"
+
+
+def judged(one: Translation) -> str:
+    """Say in few words what the judge saw in the end, if there is one."""
+    judge = one.record.get("judge")
+    return f"judge: {number(judge['after'], judge['error'])}" if judge else ""
+
+
+def number(after: Mapping[str, float], error: Mapping[str, float]) -> str:
+    """Return what a network saw in the end: its only number, or how far off the target is."""
+    one = f"{next(iter(after.values())):.3g}" if len(after) == 1 else ""
+    return one or "".join(f"{off:.3g} off" for off in error.values())

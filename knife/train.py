@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -39,6 +39,7 @@ from knife.ddpm import hybrid_loss
 from knife.devices import enough_memory, precision
 from knife.errors import InputError, ModelError, SettingsError, TaskError
 from knife.files import room
+from knife.finite import fill_of
 from knife.image import PERCENTILES
 from knife.panel import curve, grid
 from knife.prepared import key, prepared
@@ -51,6 +52,9 @@ Loss = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]  # (net, x0
 Example = tuple[Tensor, Tensor]  # image [C, H, W] and its label
 FREE = ("steps", "every", "device", "accumulate", "command", "tensorboard")  # may differ when a run is resumed
 PREPARED = ".prepared"  # the folder beside the data sets' that keeps decoded images
+LOWER = 1.5  # power by which levels are drawn lower for task networks: 71 of 100 lie below 600 of 1000
+PARTS, BANDS = 4, 10  # parts of a task's batch by noise level, and bands of levels whose usual loss is known
+USUAL = 0.98  # decay of the moving average that is the usual loss
 PATIENCE = 10  # steps in a row whose loss or gradient is not finite, before a run gives up
 LOG_EVERY = 20  # steps a line of the log
 VALIDATED_ON = 64  # images at most
@@ -83,6 +87,7 @@ class Run:
     crop: bool = False  # fill the network's image size and cut off what is beyond, instead of padding
     mask_labels: tuple[int, ...] = ()  # of a mask's label map, those that count; none: all above 0
     min_brain: float = 0.0  # least share of the image that a volume's slice must show
+    nan: str | None = None  # fill=0 reads pixels that are not finite as 0; None: such an image is skipped
     balance: bool = False  # show every class, or tenth of the label's range, equally often
     cap: int | None = None  # images of one class or value at most
     device: str = "cpu"
@@ -105,6 +110,7 @@ class Run:
                 raise SettingsError(f"--{option} {value}: give 1 or more.")
         if self.slices and not 0 <= self.slices[0] < self.slices[1]:
             raise SettingsError(f"--slices {self.slices[0]}:{self.slices[1]}: give the first slice and the last + 1.")
+        fill_of(self.nan)
         if not 0 <= self.min_brain < 1:
             raise SettingsError(f"--min-brain {self.min_brain:g}: give a share of the image, from 0 to below 1.")
         if self.cap is not None and self.cap < 1:
@@ -208,6 +214,7 @@ class State:
     skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # how many of the last steps were such
     seconds: float = 0.0  # spent in steps, by earlier runs too
+    usual: Tensor = field(default_factory=lambda: torch.zeros(BANDS, dtype=torch.float64))  # a task's loss by level
 
 
 def train(run: Run, watch: Watch, stop: Callable[[], bool] = lambda: False) -> int:
@@ -248,11 +255,12 @@ def prepare(run: Run, watch: Watch) -> Job:
     folder = layouts.open_folder(run.data, run.layout, run.slices)
     entries = folder.split("train")
     others = some(folder.split("val")) if kind else []  # a diffusion model shows samples of its own
-    channels = data.channels_of(entries)
+    fill = fill_of(run.nan)
+    channels = data.channels_of(entries, fill)
     spec = replace(plan.spec(run.kind, channels), crop=run.crop)
     spec = spec.for_judge() if run.judge else spec
     card = Card(run.kind, run.dataset, spec, Schedule(run.schedule), judge=run.judge)
-    form = data.Form(channels, spec.size, spec.value_range, run.crop, run.mask_labels, run.min_brain)
+    form = data.Form(channels, spec.size, spec.value_range, run.crop, run.mask_labels, run.min_brain, fill)
     read = partial(data.load, form=form)
     first, total = len(entries), len(entries) + len(others)
     refuse_full_disk(run.path.parent, 0)
@@ -444,27 +452,68 @@ def batch_of(step: int, run: Run, count: int, kinds: Strata | None = None) -> li
 
 
 def draw(run: Run, step: int, x0: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Draw the noise levels 1..T [N] and the noise [N, C, H, W] of a step; a judge sees level 0 alone."""
+    """Draw the noise levels 1..T [N] and the noise [N, C, H, W] of a step.
+
+    Task networks see low levels more often, as nobody is guided by what is nearly noise alone; a judge sees level 0.
+    """
     g = generator(run.drawn_from, step, NOISE)
-    level = torch.randint(1, T + 1, (len(x0),), generator=g)
-    return torch.zeros_like(level) if run.judge else level, torch.randn(x0.shape, generator=g)
+    if run.judge:
+        level = torch.zeros(len(x0), dtype=torch.long)
+    elif run.kind == "diffusion":
+        level = torch.randint(1, T + 1, (len(x0),), generator=g)
+    else:
+        level = (T * torch.rand(len(x0), generator=g) ** LOWER).ceil().long().clamp(min=1)
+    return level, torch.randn(x0.shape, generator=g)
 
 
-def backward(net: nn.Module, step: int, job: Job) -> float:
-    """Compute the gradients of one batch, in as many parts as `run.accumulate` says; return the loss."""
+def backward(net: nn.Module, step: int, job: Job, usual: Tensor | None = None) -> float:
+    """Compute the gradients of one batch, in as many parts as `run.accumulate` says; return the loss.
+
+    Args:
+        net: the network.
+        step: the number of the step, which decides what is drawn.
+        job: what it is trained on.
+        usual: of a task, the usual size of the loss in each band of noise levels, which is brought up to date.
+    """
     run, loss = job.run, loss_of(job.task, job.card.schedule)
     x0, labels = stacked([job.examples[i] for i in batch_of(step, run, len(job.examples), job.strata)])
     level, eps = draw(run, step, x0, job.card.schedule.T)
     torch.manual_seed(seed_of(run.drawn_from, step, NETWORK))  # for networks that draw on their own, as dropout does
     total = 0.0
-    for part in torch.arange(len(x0)).chunk(run.accumulate):
-        x, label, k, e = (tensor[part].to(run.device) for tensor in (x0, labels, level, eps))
-        x = x.to(memory_format=torch.channels_last)
-        with precision(run.device):
-            value = loss(net, x, label, k, e) * len(part) / len(x0)
-        torch.autograd.backward(value)
-        total += value.item()
+    for band, rows in bands_of(level, job):
+        weight, found = 1.0 if usual is None else weight_of(usual, band), 0.0
+        for part in rows.split(run.at_once):
+            x, label, k, e = (tensor[part].to(run.device) for tensor in (x0, labels, level, eps))
+            x = x.to(memory_format=torch.channels_last)
+            with precision(run.device):
+                value = loss(net, x, label, k, e) * len(part) / len(x0)
+            torch.autograd.backward(weight * value)
+            found += value.item()
+        total += found
+        if usual is not None and math.isfinite(found):
+            size = abs(found) * len(x0) / len(rows)
+            usual[band] += (1 - USUAL if usual[band] else 1.0) * (size - usual[band])
     return total
+
+
+def bands_of(level: Tensor, job: Job) -> list[tuple[int, Tensor]]:
+    """Return the rows of a batch by the band of noise levels they lie in; a diffusion model has but one band."""
+    if job.task is None or job.run.judge:
+        return [(0, torch.arange(len(level)))]
+    parts = level.argsort(stable=True).chunk(PARTS)
+    T = job.card.schedule.T
+    return [(min(int(level[part].double().mean() * BANDS / T), BANDS - 1), part) for part in parts]
+
+
+def weight_of(usual: Tensor, band: int) -> float:
+    """Return what a band of noise levels counts: the inverse of its usual loss.
+
+    A task's loss falls by orders of magnitude from noise to clean images. So that its network learns to tell well where
+    things can be told well, each band counts by how much better it gets, not by how much there is to get better; a
+    usual loss below a hundredth of the largest counts as that, and one not known yet as the largest.
+    """
+    most = float(usual.max())
+    return 1 / max(float(usual[band]) or most, most / 100) if most else 1.0
 
 
 def train_step(state: State, job: Job) -> float:
@@ -473,7 +522,7 @@ def train_step(state: State, job: Job) -> float:
     A loss or gradient that is not finite leaves the weights as they are; after `PATIENCE` of them in a row it raises.
     """
     began = time.perf_counter()
-    value = backward(state.net, state.step, job)
+    value = backward(state.net, state.step, job, state.usual)
     gradients = [p.grad for p in state.net.parameters() if p.grad is not None]
     state.in_a_row = 0 if math.isfinite(value) and all_finite(gradients) else state.in_a_row + 1
     if state.in_a_row:
@@ -592,6 +641,7 @@ def fill(state: State, about: Mapping[str, Any], stored: Mapping[str, Tensor]) -
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
     state.step, state.skipped = int(about["step"]), int(about.get("skipped", 0))
     state.seconds = float(about.get("seconds", 0.0))
+    state.usual.copy_(stored.get("usual", state.usual))
     state.ema.n_averaged.fill_(state.step - state.skipped)
 
 
@@ -633,6 +683,7 @@ def tensors_of(state: State) -> dict[str, Tensor]:
     nets = {"net": state.net, "ema": state.ema.module}
     weights = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
     moments = state.optimizer.state_dict()["state"]
+    weights["usual"] = state.usual
     return weights | {f"adam.{i}.{key}": value for i, values in moments.items() for key, value in values.items()}
 
 

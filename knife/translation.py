@@ -29,7 +29,7 @@ from knife.pairs import Pair, choose, judge_of, model_record, onlookers
 from knife.schedule import path
 from knife.settings import DEFAULTS, LEVEL, Settings, Wish
 from knife.stacks import Stack
-from knife.steering import Failed, Guide, Job, Reader, run, stacked
+from knife.steering import Failed, Guide, Job, Reader, Ticks, run, stacked
 
 T = TypeVar("T")
 SYNTHETIC = "made by a generative model; for research, not for diagnosis"
@@ -109,26 +109,12 @@ def translate(
     }
     units = [unit_of(*parts, files, about, spec.value_range) for parts, files in zip(todos, plans, strict=True)]
     todo = [edit for unit in units for edit in unit.todo]
-    job = replace(job, about=about, tick=Ticks(job, len(todo), progress))
+    walks = 1 + settings.auto_region + job.rounds
+    job = replace(job, about=about, ticks=Ticks(len(todo), walks, len(job.levels) - 1, progress))
     numbers = {"images": len(todo), "done": sum(unit.done for unit in units)}
     started({**about, **numbers, "left_out": [mask.name for mask in left_out]})
     results = run(job, todo, failed)
     return [one for unit in units for one in unit.deliver(islice(results, len(unit.todo)))]
-
-
-class Ticks:
-    """Counts the steps of all batches; how many will be needed is known for the first attempts alone."""
-
-    def __init__(self, job: Job, images: int, progress: Callable[[int, int], None]) -> None:
-        walks = 3 if job.settings.auto_region else 2
-        self.total = walks * (len(job.levels) - 1) * -(-images // job.settings.batch_size)
-        self.done, self.progress = 0, progress
-
-    def __call__(self) -> None:
-        """Count one step; what closing the loop adds shows as a longer way."""
-        self.done += 1
-        self.total = max(self.total, self.done)
-        self.progress(self.done, self.total)
 
 
 def checked(wishes: Sequence[Wish]) -> tuple[Wish, ...]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from knife.spec import ImageSpec
 
 DISEASE = "mask"
+TOLERANCE = 0.1  # 1 - p: a class that is that probable is reached
 
 
 @hookimpl
@@ -31,7 +32,7 @@ def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
         raise InputError(f"classify: no image has {name}; give another --label.")
     if len(classes) < 2:
         raise InputError(f"classify: every image has {name} = {classes[0]}; two classes are the least.")
-    return {"label": name, "classes": classes}
+    return {"label": name, "classes": classes, "tolerance": TOLERANCE}
 
 
 @hookimpl

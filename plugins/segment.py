@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from knife.spec import ImageSpec
 
 
+TOLERANCE = 0.1  # 1 - Dice: a mask met that well is met
+
+
 @hookimpl
 def configure(cases: "Sequence[Case]") -> dict[str, Any]:
     """Check that there are masks to learn from."""
     if all(case.mask is None for case in cases):
         raise InputError("segment: no image has a mask to learn from; put x_mask.png beside x.png.")
-    return {"label": "mask"}
+    return {"label": "mask", "tolerance": TOLERANCE}
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from knife import hookspecs
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    8: ("sweep", "demo", "contract", "scaffold"),
+    8: ("sweep", "demo", "contract", "scaffold", "evaluate"),
     7: ("translation",),
     6: ("train", "doctor", "inputs", "steering"),
     5: ("stacks", "report", "calibrate"),
@@ -20,7 +20,7 @@ FLOORS = {
     3: ("layouts", "data", "balance", "checkpoint"),
     2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation"),
     1: ("schedule", "spec", "unet", "image", "nifti", "picture", "ops", "hookspecs", "devices"),
-    0: ("errors", "files", "finite", "settings"),
+    0: ("errors", "files", "finite", "settings", "bootstrap"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SAME_FLOOR = {

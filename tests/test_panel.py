@@ -42,9 +42,23 @@ def test_heat_brightens_evenly_between_the_ends_of_its_scale():
     tile = panel.heat(torch.linspace(0, 2, 41)[None], 2.0)
     assert tuple(tile[0, 0]) == panel.HEAT[0]
     assert tuple(tile[0, -1]) == panel.HEAT[-1]
-    brightness = tile[0].astype(float) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(brightness) > 0).all()
     assert tuple(panel.heat(torch.tensor([[9.0]]), 2.0)[0, 0]) == panel.HEAT[-1]
+
+
+def lightness(colours: np.ndarray) -> np.ndarray:
+    """Return CIELAB L* of sRGB colours [..., 3] from 0 to 255."""
+    level = colours / 255
+    linear = np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+    y = linear @ [0.2126, 0.7152, 0.0722]
+    return np.where(y > (6 / 29) ** 3, 116 * np.cbrt(y) - 16, y * (29 / 3) ** 3)
+
+
+def test_the_lightness_of_heat_is_linear_in_the_value():
+    found = lightness(panel.heat(torch.linspace(0, 1, 201)[None], 1.0)[0].astype(float))
+    assert (found[0], found[-1]) == (0, pytest.approx(96, abs=0.5))
+    assert (np.diff(found[::2]) > 0).all()
+    assert np.abs(found - 96 * np.linspace(0, 1, 201)).max() < 2  # one L* is about what an eye can tell
+    assert lightness(np.array(panel.HEAT, float)) == pytest.approx(np.linspace(0, 96, 9), abs=0.3)
 
 
 def test_an_outline_is_the_border_of_the_mask_and_leaves_the_tile_alone():
@@ -53,6 +67,15 @@ def test_an_outline_is_the_border_of_the_mask_and_leaves_the_tile_alone():
     assert torch.equal(is_red(drawn), square() & ~square(low=3, high=5))
     assert not tile.any()
     assert panel.outlined(tile, None) is tile
+
+
+def test_an_outline_of_several_colours_is_dashed():
+    drawn = panel.outlined(panel.grey(torch.full((20, 20), 0.5), 0, 1), square(20, 2, 18), [(0, 0, 0), RED])
+    border = square(20, 2, 18) & ~square(20, 3, 17)
+    black = torch.from_numpy((drawn == 0).all(2))
+    assert torch.equal(is_red(drawn) | black, border)
+    assert 0.4 < float(black.sum() / border.sum()) < 0.6
+    assert black[2, 4:16].tolist() == 2 * [*[True] * 3, *[False] * 3]
 
 
 def test_a_mask_that_reaches_the_edge_is_outlined_there():
@@ -88,6 +111,17 @@ def test_a_title_has_room_and_may_hold_any_character():
     long = panel.captioned([[tile]], 1, title, ("a",), ("b",))
     assert long.width > short.width
     assert short.height == long.height == TOP + 8 + 2 * GAP
+
+
+def test_notes_are_written_on_their_tiles():
+    rows = [[panel.grey(torch.full((8, 8), 0.5), 0, 1)] * 2] * 2
+    plain, noted = (
+        np.asarray(panel.captioned(rows, 10, "", "ab", "ab", notes)).astype(int)
+        for notes in ((), [["", ""], ["", "9"]])
+    )
+    changed = np.argwhere((plain != noted).any(2))
+    assert len(changed)
+    assert (changed >= (TOP + 10 * (2 * GAP + 8), LEFT + 10 * (2 * GAP + 8))).all()
 
 
 @pytest.mark.parametrize(("channels", "columns"), [(1, 1), (2, 2), (3, 1), (4, 4)])

@@ -142,25 +142,29 @@ def stopping_after(monkeypatch, batches):
     return walked
 
 
-def test_a_stopped_patient_goes_on_where_it_stopped(quick, patient, tmp_path, monkeypatch):
-    quick(patient, "regress", "0.3", out=tmp_path / "whole")
+@pytest.mark.parametrize("region", [None, "auto", "ellipse:16,16,6,5"])
+def test_a_stopped_patient_goes_on_where_it_stopped(quick, patient, tmp_path, monkeypatch, region):
+    quick(patient, "regress", "0.3", region=region, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
         stopping_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
-            quick(patient, "regress", "0.3")
+            quick(patient, "regress", "0.3", region=region)
     kept = results(tmp_path / "out")
     assert kept == [f".P_001_regress_0.3.part/{k}.safetensors" for k in range(FIRST, FIRST + 4)]
     with monkeypatch.context() as patch:
         walked, heard = stopping_after(patch, 9), []
-        done = quick(patient, "regress", "0.3", started=lambda about: heard.append((about["images"], about["done"])))
+        done = quick(patient, "regress", "0.3", region=region, started=heard.append)
     assert len(walked) == 1
-    assert heard == [(2, 4)]
+    assert [(about["images"], about["done"]) for about in heard] == [(2, 4)]
     assert len(done) == 6
     assert results(tmp_path / "out") == results(tmp_path / "whole")
     for name in NAMES:
         same = (tmp_path / place / "P_001_regress_0.3" / f"P_001_{name}.nii.gz" for place in ("out", "whole"))
         one, other = (voxels(path) for path in same)
         assert np.array_equal(one, other)
+    tables = [(tmp_path / place / "P_001_regress_0.3.csv").read_text().splitlines() for place in ("out", "whole")]
+    for one, other in zip(*map(csv.DictReader, tables), strict=True):
+        assert {**one, "seconds": ""} == {**other, "seconds": ""}
 
 
 @pytest.mark.parametrize("what", ["target", "settings", "input", "damage", "region"])

@@ -88,7 +88,7 @@ def test_what_is_near_enough_at_once_is_decoded_once(quick):
     )
     assert [attempt["strength"] for attempt in done.record["attempts"]] == [FIRST]
     assert done.record["reached"] is True
-    assert steps[-1] == (10, 10)
+    assert steps[-2:] == [(10, 20), (20, 20)]  # what further attempts would have taken is skipped
 
 
 def test_of_a_batch_those_that_missed_alone_are_decoded_again(models, images):
@@ -116,7 +116,7 @@ def test_a_guide_that_knows_its_own_error_closes_the_loop(own, images):
     card = describe(path).card
     save(path, read_tensors(path), replace(card, guidance={**card.guidance, "error": 1e-6}).to_json())
     (done,) = translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
-    assert done.record["tolerance"] == {"regress": 5e-7}
+    assert done.record["tolerance"] == {"regress": 1e-6}
     assert len(done.record["attempts"]) == ROUNDS
     (fixed,) = translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=replace(FEW, strength=0.3))
     assert len(fixed.record["attempts"]) == 1
@@ -298,7 +298,7 @@ def test_onlookers_that_cannot_be_read_are_left_out(own, images):
 # ------------------------------------------------------------------------------------------------------------- judges
 
 
-def test_a_judge_measures_and_never_guides(own, images, quick):
+def test_a_judge_measures_and_never_guides(own, images, quick, tmp_path):
     guide = describe(own / "brain" / "regress.safetensors")
     config = {**guide.card.config, "mean": 0.2, "std": 0.05}
     card = replace(guide.card, judge=True, config=config, guidance={})
@@ -312,6 +312,8 @@ def test_a_judge_measures_and_never_guides(own, images, quick):
         assert judge[when]["value"] == pytest.approx(in_units * 0.05 + 0.2, rel=1e-4)
     assert judge["error"]["regress"] == pytest.approx(abs(judge["after"]["value"] - 0.3), rel=1e-4)
     assert "judge" not in alone.record
+    (endless,) = translate(images / "slice.nii", Wish("regress", "+"), models=own, settings=FEW, out=tmp_path / "out")
+    assert endless.record["judge"]["error"] == {}
     assert len(done.record["models"]) == 3
 
 

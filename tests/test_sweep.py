@@ -1,12 +1,17 @@
+"""Contact sheets: a tile for each target and level, and what came of it."""
+
 import io
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from knife import panel
 from knife.errors import InputError, SettingsError
+from knife.panel import RED
 from knife.settings import Settings
-from knife.sweep import sweep
+from knife.sweep import judged, reached, sheet, sweep, wanted
 
 FEW = Settings(noise_level=10, steps=5)
 
@@ -43,6 +48,34 @@ def test_the_sheet_shows_the_input_and_what_became_of_it(quick, images):
             if shown[i + 60, j + 60] == tile[60, 60] and np.array_equal(shown[i : i + 128, j : j + 128], tile)
         ]
         assert places
+
+
+def test_maps_tell_what_was_reached(quick, images):
+    rows, _ = quick(images / "slice.nii", ["0.1", "by:+50%"], region="ellipse:16,16,9,6")
+    near, far = rows[0]
+    after = f"{near.record['after']['value']:.3g}"
+    judge = {"before": {}, "after": {"value": 0.0987}, "error": {"regress": 0.0013}}
+    assert reached(near) == after  # nobody knows what is near enough
+    assert judged(near) == ""
+    assert reached(replace(near, record={**near.record, "reached": True})) == f"{after}, reached"
+    assert reached(replace(near, record={**near.record, "reached": False})) == f"{after}, not reached"
+    assert judged(replace(near, record={**near.record, "judge": judge})) == "judge: 0.0987"
+    assert wanted(near) == "wanted 0.1"
+    assert wanted(far) == f"by:+50% = {1.5 * far.record['before']['value']:.6g}"
+    told = replace(near, record={**near.record, "reached": True, "judge": judge})
+    assert sheet([[told]]) != sheet([[near]])
+
+
+def test_several_numbers_are_told_by_their_error(models, images, tmp_path):
+    mask = str(images / "mask.nii")
+    rows, file = sweep(images / "healthy.nii", "segment", [mask], [], out=tmp_path, settings=FEW, models=models)
+    assert reached(rows[0][0]) == f"{rows[0][0].record['error']['segment']:.3g} off"
+    shown = np.asarray(PIL.Image.open(io.BytesIO(file.read_bytes())))
+    assert (shown == RED).all(2).sum() == 16 * (outline(rows[0][0].wanted).sum())
+
+
+def outline(mask):
+    return (panel.outlined(panel.grey(mask.float(), 0, 1), mask) == RED).all(2)
 
 
 def test_colours_are_swept_as_colours(quick, images):

@@ -118,7 +118,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(squares: Path, kind: str) -> 
     assert second.budgets[0].done == 3
     states = state_of(whole), state_of(parts)
     assert same(*states)
-    assert {name.split(".")[0] for name in states[0]} == {"net", "ema", "adam"}
+    assert {name.split(".")[0] for name in states[0]} == {"net", "ema", "adam", "usual"}
     assert {name.split(".")[2] for name in states[0] if name.startswith("adam.")} == {"step", "exp_avg", "exp_avg_sq"}
     models = [load_model(run.path).state_dict() for run in (whole, parts)]
     assert same(*models)
@@ -435,8 +435,8 @@ def break_loss(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool], v
     """Let the loss of some steps be not finite; the copy that is timed does not count."""
     backward = train.backward
 
-    def sometimes(net: nn.Module, step: int, job: train.Job) -> float:
-        loss = backward(net, step, job)
+    def sometimes(net: nn.Module, step: int, job: train.Job, usual: Tensor | None = None) -> float:
+        loss = backward(net, step, job, usual)
         if broken(step):
             for parameter in net.parameters():
                 parameter.grad = torch.full_like(parameter, value)
@@ -512,11 +512,43 @@ def test_parts_of_a_batch_add_up_to_the_batch(squares: Path, kind: str, accumula
     whole, parts = [], []
     for found, one in ((whole, job), (parts, replace(job, run=replace(run, accumulate=accumulate)))):
         net.zero_grad()
-        found.append(torch.tensor(train.backward(net, 3, one)))
+        usual = torch.linspace(0.1, 1, 10)
+        found += [torch.tensor(train.backward(net, 3, one, usual)), usual]
         found += [p.grad.clone() for p in net.parameters() if p.grad is not None]
     assert len(whole) == len(parts) > 10
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_every_band_of_levels_counts_by_its_usual_loss() -> None:
+    usual = torch.zeros(10, dtype=torch.float64)
+    assert train.weight_of(usual, 3) == 1
+    usual[9], usual[5], usual[0] = 2.0, 0.5, 1e-9
+    assert [train.weight_of(usual, band) for band in (9, 5, 0, 3)] == [0.5, 2.0, 50.0, 0.5]
+
+
+def test_a_batch_falls_into_bands_by_its_levels(squares: Path) -> None:
+    job = train.prepare(a_run(squares, batch=8), Witness())
+    level = torch.tensor([900, 20, 480, 30, 950, 470, 40, 10])
+    bands = train.bands_of(level, job)
+    assert [band for band, _ in bands] == [0, 0, 4, 9]
+    assert [sorted(level[rows].tolist()) for _, rows in bands] == [[10, 20], [30, 40], [470, 480], [900, 950]]
+    judge = replace(job, run=replace(job.run, judge=True))
+    assert [(band, rows.tolist()) for band, rows in train.bands_of(level, judge)] == [(0, [*range(8)])]
+
+
+def test_the_usual_loss_is_kept_with_the_state(squares: Path) -> None:
+    run = a_run(squares, steps=4)
+    job = train.prepare(run, Witness())
+    state = train.start(job)
+    for _ in range(3):
+        train.train_step(state, job)
+    assert (state.usual > 0).any()
+    assert torch.equal(train.tensors_of(state)["usual"], state.usual)
+    fresh = train.start(job)
+    about = {"step": 3}
+    train.fill(fresh, about, train.tensors_of(state))
+    assert torch.equal(fresh.usual, state.usual)
 
 
 @pytest.mark.parametrize(("count", "batch"), [(20, 4), (20, 7), (5, 12), (2, 1), (3, 3)])
@@ -551,10 +583,13 @@ def test_a_balanced_and_capped_run_resumes_exactly(squares: Path) -> None:
 
 
 def test_noise_levels_and_noise_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
-    run, x0 = a_run(tmp_path), torch.zeros(4000, 1, 2, 2)
+    run, x0 = a_run(tmp_path, kind="diffusion"), torch.zeros(4000, 1, 2, 2)
     level, eps = train.draw(run, 3, x0, 10)
     assert (int(level.min()), int(level.max())) == (1, 10)
     assert torch.bincount(level, minlength=11)[1:].float().std() < 40
+    low, _ = train.draw(a_run(tmp_path, kind="regress"), 3, x0, 10)
+    assert (int(low.min()), int(low.max())) == (1, 10)
+    assert (low <= 6).float().mean() == pytest.approx(0.6 ** (1 / 1.5), abs=0.03)
     assert float(eps.std()) == pytest.approx(1, abs=0.02)
     assert torch.equal(train.draw(run, 3, x0, 10)[1], eps)
     assert not torch.equal(train.draw(run, 4, x0, 10)[1], eps)

@@ -19,9 +19,9 @@ import typer
 
 from knife import __version__
 from knife.cli.data import data_app
-from knife.cli.measure import calibrate
+from knife.cli.measure import calibrate, evaluate
 from knife.cli.terminal import Show, duration, give, give_json, progress, say, show_facts, show_table, words
-from knife.cli.words import slice_range, span
+from knife.cli.words import listed_targets, slice_range, span
 from knife.errors import KnifeError, SettingsError
 from knife.settings import DEFAULTS, FIRST, LEVEL, STEPS, Settings, Wish
 
@@ -45,6 +45,7 @@ app.add_typer(plugins_app, name="plugins")
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.command()(calibrate)
+app.command()(evaluate)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Models = Annotated[Path, typer.Option("--models", help="Folder of trained models.")]
@@ -128,6 +129,7 @@ def train(
     min_brain: Annotated[
         float, typer.Option("--min-brain", help="Skip slices of volumes that show less than this share.")
     ] = 0.0,
+    nan: Nan = None,
     balance: Annotated[
         bool, typer.Option("--balance", help="Show classes, or tenths of the label's range, equally often.")
     ] = False,
@@ -179,6 +181,7 @@ def train(
         crop=crop,
         mask_labels=label_numbers(mask_labels),
         min_brain=min_brain,
+        nan=nan,
         balance=balance,
         cap=cap,
         device=where,
@@ -339,9 +342,7 @@ def translate(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            "--tolerance", help="How near the target is near enough; default: half of what the guide itself errs by."
-        ),
+        typer.Option("--tolerance", help="How near the target is near enough; default: what the guide itself errs by."),
     ] = None,
     extrapolate: Annotated[
         bool, typer.Option("--allow-extrapolation", help="Allow targets beyond the values that a guide was trained on.")
@@ -514,7 +515,7 @@ def row(record: Mapping[str, Any]) -> dict[str, object]:
     whole = {"changed": record["preservation"]["changed"]}
     return {
         "input": shown,
-        "target": record["target"],
+        "target": ", ".join(record["wanted"].values()),
         **seen,
         **judged,
         **(kept if any(value != "" for value in kept.values()) else whole),
@@ -551,7 +552,7 @@ def sweep(
         rows, sheet = run_sweep(
             image,
             task,
-            [target for target in targets.split(",") if target],
+            listed_targets(targets),
             levels,
             out=out,
             settings=Settings(steps=steps, strength=strength),

@@ -1,18 +1,24 @@
-"""The command that measures models on images whose labels are known: `knife calibrate`."""
+"""The commands that measure models on images set apart: `knife calibrate` the guides, `knife evaluate` the edits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from knife.cli.terminal import give, give_json, progress, say, show_table
-from knife.cli.words import slice_range
+from knife.cli.words import listed_targets, slice_range
+from knife.settings import LEVEL, STEPS, Settings
 
 if TYPE_CHECKING:
+    from knife.bootstrap import Figure
     from knife.calibrate import Calibration
+    from knife.evaluate import Evaluation
 
 FEW = 16  # images, below which a measurement says little
+NAMED = 5  # images that failed or were skipped, and are named
+OF_TARGETS = ("error_median", "before_median", "after_median", "within", "flipped")  # by guide and judge, a column each
+KEPT = ("changed", "changed_outside", "reached")
 
 
 def calibrate(
@@ -106,3 +112,129 @@ def doubts(found: "Calibration") -> Iterator[str]:
         yield f"Take care: the model hardly knows such images; every round trip misses more than {FAITHFUL:.0%}."
     for kind, why in found.left_out.items():
         yield f"left out {kind}: {why}"
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    dataset: Annotated[str, typer.Argument(help="Name of a folder in the folder of models, or of a shipped one.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder of images: those set apart to test.")],
+    task: Annotated[str, typer.Option("--task", help="The task that guides: regress, classify, segment, a plugin's.")],
+    targets: Annotated[str, typer.Option("--targets", help="Targets: 0.02,0.05,0.1, or healthy, or shapes, or masks.")],
+    models: Annotated[Path, typer.Option("--models", help="Folder of trained models.")] = Path("models"),
+    split: Annotated[str, typer.Option("--split", help="Whose images: test, val or train.")] = "test",
+    count: Annotated[int, typer.Option("--count", help="Images at most, each towards each target.")] = 64,
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="How the folder is laid out; default: as in the training.")
+    ] = None,
+    slices: Annotated[
+        str | None,
+        typer.Option("--slices", help="Axial slices of volumes, FIRST:LAST+1, as 80:129; default: as in the training."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the images' choice, and of the intervals.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for the results; default: evaluated/DATASET_TASK.")
+    ] = None,
+    noise_level: Annotated[
+        int | None, typer.Option("--noise-level", help=f"Level L to encode to; default: as calibrated, else {LEVEL}.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help=f"Steps to encode, and to decode; default: {STEPS}.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="Size of the guidance, fixed; default: what reaches the target.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Translate images set apart towards several targets, and say how good the edits are, by guide and by judge.
+
+    Every figure has a 95 % interval. Writes evaluation.json with all of it, evaluation.csv and evaluation.png.
+    """
+    from knife.evaluate import evaluate as run_evaluation
+
+    with progress() as show:
+        found = run_evaluation(
+            dataset,
+            data,
+            task,
+            listed_targets(targets),
+            out=out or Path("evaluated") / f"{dataset}_{task}",
+            models=models,
+            split=split,
+            count=count,
+            layout=layout,
+            slices=slice_range(slices),
+            seed=seed,
+            settings=Settings(noise_level=noise_level, steps=steps, strength=strength),
+            device=device,
+            progress=lambda done, total: show("translating", done, total),
+        )
+    if as_json:
+        give_json(found.to_json())
+    else:
+        show_evaluation(found)
+        for file in found.files:
+            give(file)
+    for sentence in cautions(found):
+        say(sentence)
+
+
+def show_evaluation(found: "Evaluation") -> None:
+    """Print a table with a row for each target, and one with a row for each figure."""
+    about, settings = found.about, found.about["settings"]
+    give(
+        f"{about['task']}: {about['count']} images of {about['patients']} patients ({about['split']}), "
+        f"{len(found.rows)} translations; models {about['dataset']}; noise level {settings['noise_level']}, "
+        f"{settings['steps']} steps; in brackets, 95 % intervals:"
+    )
+    names = [f"{who}_{name}" for name in OF_TARGETS for who in ("guide", "judge")] + [*KEPT]
+    seen = [name for name in names if any(name in figures for figures in found.by_target.values())]
+    show_table(
+        [
+            {"target": target, **{name: shown(figures.get(name)) for name in seen}}
+            for target, figures in found.by_target.items()
+        ]
+    )
+    head = "over all targets; means, unless said"
+    show_table([{head: name, "value": shown(one), "of": one.rows} for name, one in found.figures.items()])
+
+
+def shown(one: "Figure | None") -> str:
+    """Return a figure with its interval."""
+    if one is None:
+        return ""
+    return f"{one.value:.3g}" + (f" [{one.low:.3g}, {one.high:.3g}]" if one.low is not None else "")
+
+
+def cautions(found: "Evaluation") -> Iterator[str]:
+    """Yield what to know before the figures of an evaluation are believed."""
+    about, task = found.about, found.about["task"]
+    if not about["judge"]:
+        yield (
+            f"Take care: models {about['dataset']} have no judge of {task}, so the guide alone speaks for itself, and "
+            f"it is easily pleased by what it drew: train one by `knife train {task} --judge`."
+        )
+    if about["split"] == "train":
+        yield "Take care: these are training images, which guide and diffusion model know better than others."
+    elif about["other_split"]:
+        yield "Take care: the models' training kept to another split.json, and may have seen these images."
+    if about["patients"] < FEW:
+        yield f"Take care: {about['patients']} patients; that says little."
+    if not any("reached" in row for row in found.rows) and about["settings"]["strength"] is None:
+        yield (
+            f"Take care: nothing tells how near a target is near enough for {task}, so no edit was adjusted until it "
+            "was there; a guide's card tells that once its training went on with a task that says its error."
+        )
+    yield from named(
+        "translations failed", [f"{one['image']} to {one['target']}: {one['why']}" for one in found.failed]
+    )
+    yield from named("images could not be used", [*found.skipped.values()])
+
+
+def named(what: str, reasons: Sequence[str]) -> Iterator[str]:
+    """Yield how many there are, and the first ones."""
+    if reasons:
+        yield f"{len(reasons)} {what}:"
+        yield from (f"  {why}" for why in reasons[:NAMED])

@@ -1,6 +1,10 @@
 """How words of the command line are read that several commands know."""
 
+import re
+
 from knife.errors import SettingsError
+
+TARGET = re.compile(r"(?:ellipse|rectangle):[^,;]*(?:,[^,;]*){3}|[^,;]+")  # a shape's own commas separate nothing
 
 
 def slice_range(text: str | None) -> tuple[int, int] | None:
@@ -27,3 +31,8 @@ def span(option: str, text: str, wanted: str) -> tuple[int, int]:
     if not 0 <= low < high:
         raise SettingsError(f"{option} {text}: give {wanted}.")
     return low, high
+
+
+def listed_targets(text: str) -> list[str]:
+    """Read targets with commas or semicolons between them."""
+    return TARGET.findall(text)
