@@ -20,17 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from knife.bootstrap import slope, spearman
 from knife.checkpoint import STARTER, stored_models
 from knife.devices import resolve_device
 from knife.image import Image, read
 from knife.outputs import Edit
 from knife.pairs import Pair
 from knife.phantom import CHANNELS, Phantom, phantom, write_nifti
-from knife.settings import LEVEL, Settings, Wish
+from knife.settings import STRENGTH, Settings, Wish
 from knife.spec import preset
 from knife.steering import run
 from knife.tasks import task
-from knife.translation import job_of
+from knife.translation import job_of, level_of
 
 HELD_OUT, JUDGE_DATA = 20_220_402, 77  # seeds of phantoms that no shipped model was trained on (theirs: 1)
 TARGETS = (0.02, 0.05, 0.10, 0.15)
@@ -91,15 +92,6 @@ def outside(change: Tensor, brain: Tensor, tumour: Tensor, margin: int = 4) -> T
     return ((change.abs() / 2).mean(1, keepdim=True) * region).sum((1, 2, 3)) / region.sum((1, 2, 3)).clamp(min=1)
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Return the rank correlation; equal values share their mean rank."""
-
-    def ranks(v: Tensor) -> Tensor:
-        return ((v[:, None] > v).sum(1) + 0.5 * ((v[:, None] == v).sum(1) - 1)).double()
-
-    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
-
-
 class Bench:
     """The models, the judge and the held-out phantoms, as files that a translation reads."""
 
@@ -116,13 +108,17 @@ class Bench:
         self.images = [written(folder / f"{i:03d}.nii", p.pixels) for i, p in enumerate(everything)]
         self.x, self.mask = pixels(everything).to(self.device), masks(everything).to(self.device)
         self.brain = torch.stack([torch.from_numpy(p.brain) for p in everything])[:, None].float().to(self.device)
-        self.half, self.seed = half, options.seed
+        self.half, self.seed, self.unbalanced, self.window = half, options.seed, options.unbalanced, options.window
         self.records: list[dict[str, Any]] = []  # of all translations
 
     def edit(self, rows: slice, name: str, targets: Tensor) -> Tensor:
         """Translate some of the phantoms towards targets [N, ...] of a task, as a user's command would."""
         pair = Pair(self.stored["diffusion"], self.stored[name])
-        job = job_of([task(name)], [Wish(name, "")], [pair], self.settings, self.device)
+        settings = self.settings.at(level_of([pair]))
+        if self.unbalanced:
+            scale = (settings.strength or STRENGTH) / pair.guide.card.guidance["gradient"]
+            settings = replace(settings, scale=scale, strength=None)
+        job = job_of([task(name)], [Wish(name, "", window=self.window)], [pair], settings, self.device)
         job = replace(job, onlookers=())
         edits = [
             Edit(image, (target,), None, (None,)) for image, target in zip(self.images[rows], targets, strict=True)
@@ -147,7 +143,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """Return the settings of a translation: the usual ones, but for what the command line says."""
     names = ("noise_level", "steps", "strength", "clamp", "control", "batch_size", "auto_region")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return replace(Settings(), **given).at(LEVEL)
+    return replace(Settings(), **given)
+
+
+def two_levels(text: str) -> tuple[int, int]:
+    """Read LOW:HIGH."""
+    low, high = map(int, text.split(":"))
+    return low, high
 
 
 def written(file: Path, pixels: Any) -> Image:
@@ -177,9 +179,10 @@ def measure(bench: Bench) -> dict[str, float]:
         reached.append(size)
         changes.append(bench.change(everything, y))
     want, reach = torch.cat(wanted), torch.cat(reached)
+    both = torch.stack([want, reach], 1).double().cpu().numpy()
     figures["round trip: mean absolute error"] = mean_of(bench, "reconstruction")
-    figures["regress: Spearman of target and judged size"] = spearman(want, reach)
-    figures["regress: slope of judged size over target"] = slope(want, reach)
+    figures["regress: Spearman of target and judged size"] = spearman(both)
+    figures["regress: slope of judged size over target"] = slope(both)
     figures["regress: median error of judged size"] = float((want - reach).abs().median())
     figures["regress: share within 10 % of the target"] = float(((want - reach).abs() <= 0.1 * want).float().mean())
     figures["regress: change outside"] = sum(changes) / len(changes)
@@ -199,7 +202,7 @@ def measure(bench: Bench) -> dict[str, float]:
         (bench.size(diseased, y) < TRACE).float().mean()
     )
     figures["classify: change outside"] = bench.change(diseased, y)
-    figures["decodes an image"] = sum(len(record["attempts"]) for record in bench.records) / len(bench.records)
+    figures["decodes an image"] = sum(len(record.get("attempts", [0])) for record in bench.records) / len(bench.records)
     return figures
 
 
@@ -212,12 +215,6 @@ def mean_of(bench: Bench, name: str) -> float:
     """Return the mean of a number in all records; 0 if none tells it."""
     values = [record[name] for record in bench.records if name in record]
     return sum(values) / max(len(values), 1)
-
-
-def slope(x: Tensor, y: Tensor) -> float:
-    """Return the slope of the line of least squares."""
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
-    return float((x * y).sum() / (x * x).sum())
 
 
 GOALS = {  # figure: (at least, at most)
@@ -241,7 +238,8 @@ def verdict(name: str, value: float) -> str:
     if low is None and high is None:
         return ""
     met = (low is None or value >= low) and (high is None or value <= high)
-    wanted = " and ".join([f">= {low:g}"] * (low is not None) + [f"<= {high:g}"] * (high is not None))
+    ends = ((">=", low), ("<=", high))
+    wanted = " and ".join(f"{sign} {end:g}" for sign, end in ends if end is not None)
     return f"{wanted}  {'met' if met else 'MISSED'}"
 
 
@@ -256,6 +254,8 @@ def main() -> None:
     parser.add_argument("--noise-level", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--strength", type=float, help="fixed; default: the closed loop")
+    parser.add_argument("--unbalanced", action="store_true", help="one scale for every image and step, as in the paper")
+    parser.add_argument("--window", type=two_levels, help="noise levels LOW:HIGH that guide")
     parser.add_argument("--auto-region", action="store_true", help="let change only where a first decode changed most")
     parser.add_argument("--clamp", action="store_true", help="keep the predicted clean image within the value range")
     parser.add_argument("--control", action=argparse.BooleanOptionalAction, help="add only what guidance changed")
@@ -270,6 +270,8 @@ def main() -> None:
         print(f"{name:<55} {value:8.4f}  {verdict(name, value)}")
     about = {
         "settings": vars(bench.settings),
+        "unbalanced": options.unbalanced,
+        "window": options.window,
         "count": options.count,
         "seed": options.seed,
         "seconds": round(time.perf_counter() - began),

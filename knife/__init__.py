@@ -3,6 +3,7 @@
     knife.translate(...)      translate images: what the command line calls
     knife.load_model(path)    a stored network, called as net(x, t)
     knife.Wish                a task and what it shall make of them
+    knife.Settings            noise level, steps, strength and the like
     knife.Image               an image and where it came from
     knife.hookimpl            marks the hooks of a task plugin
 
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
     from knife.checkpoint import load_model
     from knife.hookspecs import hookimpl
     from knife.image import Image
-    from knife.settings import Wish
+    from knife.settings import Settings, Wish
     from knife.translation import translate
 
 __version__ = "0.1.0"
-__all__ = ["Image", "KnifeError", "Wish", "errors", "hookimpl", "load_model", "translate"]
+__all__ = ["Image", "KnifeError", "Settings", "Wish", "errors", "hookimpl", "load_model", "translate"]
 
 LAZY = {
     "Image": "image",
+    "Settings": "settings",
     "Wish": "settings",
     "hookimpl": "hookspecs",
     "load_model": "checkpoint",

@@ -137,11 +137,6 @@ def default_level(card: Card) -> int | None:
     return told_level(card, "noise_level")
 
 
-def default_window(card: Card) -> int | None:
-    """Return the noise level above which a guide has lost half of its skill; None if no calibration tells."""
-    return told_level(card, "guide_below")
-
-
 def told_level(card: Card, name: str) -> int | None:
     """Return a level 1..T out of a card's calibration, which may be a stranger's."""
     told = card.calibration.get(name) if isinstance(card.calibration, Mapping) else None

@@ -24,6 +24,10 @@ class InputError(KnifeError):
     """An image, mask or data folder cannot be used as it is."""
 
 
+class ApartError(InputError):
+    """An image and a mask have no place in common."""
+
+
 class TargetError(KnifeError):
     """A target does not mean anything to the task."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knife import nifti
-from knife.errors import InputError, TargetError
+from knife.errors import ApartError, InputError, TargetError
 from knife.files import refusing, regular, shown
 from knife.image import Image, read_mask, suffix_of
 from knife.nifti import NIFTI, Array, Nifti
@@ -122,7 +122,7 @@ def sampled(path: Path, image: Image) -> Tensor:
     nearest = np.floor(world @ inverse[:3, :3].T + inverse[:3, 3] + 0.5).clip(-1, max(labels.shape)).astype(np.int64)
     inside = ((nearest >= 0) & (nearest < labels.shape)).all(-1)
     if not inside.any():
-        raise InputError(f"{pair}: no place of the world lies in both; give a mask of the same slice.")
+        raise ApartError(f"{pair}: no place of the world lies in both; give a mask of the same slice.")
     mask = np.zeros((1, rows, columns), np.float32)
     mask[0, inside] = labels[tuple(nearest[inside].T)] > 0
     return torch.from_numpy(mask)

@@ -39,7 +39,7 @@ class Stack:
     """A volume of which some slices are translated.
 
     slices: their numbers, rising. mask: the outlined tumour beside it, [D, H, W] bool, if there is one. wanted: the
-    slices that were asked for, if any were.
+    slices that were asked for, if any were. refused: those among them for which the target means nothing.
     """
 
     volume: Volume
@@ -47,6 +47,7 @@ class Stack:
     mask: Tensor | None = None
     crop: bool = False  # as of an Image
     wanted: Span | None = None
+    refused: tuple[int, ...] = ()
 
     @property
     def source(self) -> Source:
@@ -193,7 +194,7 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
         "difference": "sum over the channels of |output - input|, in the intensities of the file",
         "panel": f"slice {most}, the one that changed most",
         "slices": list(said.values()),
-        "failed": failed,
+        "failed": sorted({*failed, *stack.refused}),
     }
     with refusing_disk(files.record.parent):
         volume.write(result, files.image, dtype)

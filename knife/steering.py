@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from knife.checkpoint import Stored
 from knife.ddim import Guidance, Hold, Score, balanced, decode, decode_with_control, encode, keep_outside
 from knife.devices import enough_memory
-from knife.errors import DeviceError, InputError, KnifeError, SamplingError
+from knife.errors import DeviceError, InputError, KnifeError, SamplingError, TaskError
 from knife.image import Image
 from knife.masks import soft_edged
 from knife.outputs import Edit, Translation
@@ -70,11 +70,25 @@ class Guide(Reader):
         """Return how steep its score usually is, 0 if nobody measured it."""
         return float(self.stored.card.guidance.get("gradient", 0.0))
 
-    def tolerance(self, settings: Settings) -> float:
-        """Return how near an image must be to its target; infinity if there is no telling what is near."""
+    @property
+    def told(self) -> bool:
+        """Tell whether its card says how well it can tell, so that there is a target to be near to."""
+        return "error" in self.stored.card.guidance or "tolerance" in self.stored.card.config
+
+    def tolerance(self, error: float, settings: Settings) -> float:
+        """Return how near its target an image must come that begins with an error; infinity if there is no telling.
+
+        A tenth of the way is near enough, within limits: nearer than a quarter of what the network itself errs by on
+        clean images nobody can tell, and farther than that error, or what the task says is near enough for anybody,
+        is not near.
+        """
         card = self.stored.card
-        own = card.guidance.get("error", math.inf)  # nearer than it can tell is not nearer
-        return max(own, card.config.get("tolerance", 0.0)) if settings.tolerance is None else settings.tolerance
+        if not math.isfinite(error) or not (self.told or settings.tolerance is not None):
+            return math.inf
+        if settings.tolerance is not None:
+            return settings.tolerance
+        own = card.guidance.get("error", math.inf)
+        return max(min(own, max(error / 10, own / 4)), card.config.get("tolerance", 0.0))
 
 
 class Ticks:
@@ -132,8 +146,8 @@ class Job:
     @property
     def rounds(self) -> int:
         """Return how often an image is decoded at most."""
-        told = self.settings.closed and any(guide.tolerance(self.settings) < math.inf for guide in self.guides)
-        return ROUNDS if told else 1
+        told = self.settings.tolerance is not None or any(guide.told for guide in self.guides)
+        return ROUNDS if told and self.settings.closed else 1
 
     def name(self, guide: Reader, name: str) -> str:
         """Return what a record calls a guide's number: of several guides, the task is said too."""
@@ -145,6 +159,7 @@ class Start:
     """What every attempt at a batch begins with."""
 
     edits: Sequence[Edit]
+    limits: Sequence[Mapping[str, float]]  # of each image: task -> tolerance, where one is known
     x: Tensor  # [N, C, h, w] the images as the model sees them
     noisy: Tensor  # the same, encoded
     trajectory: Mapping[int, Tensor]  # on the way there, level -> images; empty if nothing is held on it
@@ -156,16 +171,13 @@ class Start:
         chosen = torch.tensor(rows, device=self.x.device)
         return Start(
             [self.edits[i] for i in rows],
+            [self.limits[i] for i in rows],
             self.x[chosen],
             self.noisy[chosen],
             {level: x[chosen] for level, x in self.trajectory.items()},
             None if self.region is None else self.region[chosen],
             None if self.base is None else self.base[chosen],
         )
-
-    def targets(self, number: int) -> Tensor:
-        """Return the targets of guide number `number`, [N, ...]."""
-        return torch.stack([edit.targets[number] for edit in self.edits]).to(self.x.device)
 
     @property
     def hold(self) -> Hold | None:
@@ -244,11 +256,10 @@ def translate_batch(job: Job, edits: Sequence[Edit]) -> list[Translation]:
     if job.settings.auto_region:
         start = with_region(job, start, tried)
         start, tried = attempt(job, start, strengths)
-    attempts = [[one] for one in tried]
+    attempts, ended = [[one] for one in tried], set[int]()
     for _ in range(job.rounds - 1):
-        rows = [i for i, made in enumerate(attempts) if 1 < best(made).miss < math.inf]
-        if rows and not another(job, start, rows, attempts):
-            break
+        rows = [i for i, made in enumerate(attempts) if i not in ended and 1 < best(made).miss < math.inf]
+        ended |= another(job, start, rows, attempts) if rows else set()
     each = (time.perf_counter() - began) / len(edits)
     return translations(job, start, attempts, each)
 
@@ -261,24 +272,36 @@ def first_strengths(job: Job, start: Start) -> list[float | None]:
     settings, count = job.settings, len(start.edits)
     if not settings.closed:
         return [settings.strength] * count
-    ends = [any(map(math.isfinite, errors)) for errors in zip(*errors_at(job, start, start.x).values(), strict=True)]
-    return [FIRST if end and job.rounds > 1 else STRENGTH for end in ends]
+    return [FIRST if limits else STRENGTH for limits in start.limits]
 
 
-def errors_at(job: Job, start: Start, x: Tensor) -> dict[str, list[float]]:
-    """Return how far clean images are from their targets, task -> a distance each."""
-    return {guide.task.name: guide.error(x, start.targets(k)) for k, guide in enumerate(job.guides)}
+def limits_of(job: Job, errors: Mapping[str, Sequence[float]], i: int) -> dict[str, float]:
+    """Return the tolerances of image number `i`, which begins with some errors, task -> a distance for each image."""
+    limits = {guide.task.name: guide.tolerance(errors[guide.task.name][i], job.settings) for guide in job.guides}
+    return {task: limit for task, limit in limits.items() if limit < math.inf}
 
 
-def another(job: Job, start: Start, rows: Sequence[int], attempts: Sequence[list[Attempt]]) -> bool:
-    """Decode some images once more, with other strengths; False if that blew one up, and helps no further."""
+def errors_from_targets(job: Job, edits: Sequence[Edit], x: Tensor) -> dict[str, list[float]]:
+    """Return how far the guides see clean images [N, C, h, w] from their targets, task -> a distance each."""
+    return {guide.task.name: guide.error(x, targets_of(edits, k, x)) for k, guide in enumerate(job.guides)}
+
+
+def targets_of(edits: Sequence[Edit], number: int, x: Tensor) -> Tensor:
+    """Return the targets of guide number `number`, [N, ...], beside images."""
+    return torch.stack([edit.targets[number] for edit in edits]).to(x.device)
+
+
+def another(job: Job, start: Start, rows: Sequence[int], attempts: Sequence[list[Attempt]]) -> set[int]:
+    """Decode some images once more, with other strengths; return those that this blew up, which stay as they are."""
     try:
         _, tried = attempt(job, start.part(rows), [next_strength(attempts[i]) for i in rows])
     except SamplingError:
-        return False
+        if len(rows) == 1:
+            return {*rows}
+        return {i for row in rows for i in another(job, start, [row], attempts)}
     for i, one in zip(rows, tried, strict=True):
         attempts[i].append(one)
-    return True
+    return set()
 
 
 def best(attempts: Sequence[Attempt]) -> Attempt:
@@ -287,13 +310,12 @@ def best(attempts: Sequence[Attempt]) -> Attempt:
 
 
 def next_strength(attempts: Sequence[Attempt]) -> float:
-    """Return what to try next: twice the strength while that helps, half of it or one between where it does not."""
-    nearest = best(attempts).strength or 0.0
-    stronger = [one.strength for one in attempts if one.strength and one.strength > nearest]
-    weaker = [one.strength for one in attempts if one.strength and one.strength < nearest]
-    if not stronger:
+    """Return what to try next: twice the strength while that helps, then what lies between the two nearest."""
+    ranked = sorted((one for one in attempts if one.strength), key=lambda one: one.miss)
+    nearest = ranked[0].strength or 0.0
+    if nearest == max(one.strength or 0.0 for one in ranked):
         return 2 * nearest
-    return math.sqrt(nearest * min(stronger)) if weaker else nearest / 2
+    return math.sqrt(nearest * (ranked[1].strength or nearest))
 
 
 # ------------------------------------------------------------------------------------------------------------ one walk
@@ -312,7 +334,9 @@ def encoded(job: Job, edits: Sequence[Edit]) -> Start:
 
     noisy = encode(job.net, x, job.diffusion.card.schedule, levels, climb)
     check_sane(job, edits, levels[-1], noisy)
-    return Start(edits, x, noisy, trajectory, regions_of(job, edits))
+    errors = errors_from_targets(job, edits, x)
+    limits = [limits_of(job, errors, i) for i in range(len(edits))]
+    return Start(edits, limits, x, noisy, trajectory, regions_of(job, edits))
 
 
 def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[Start, list[Attempt]]:
@@ -350,7 +374,7 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
 def guidance_of(job: Job, start: Start, number: int, strengths: Sequence[float | None]) -> Guidance:
     """Return how one guide pulls at a batch."""
     guide = job.guides[number]
-    score: Score = guide.task.score(guide.net, start.targets(number))
+    score: Score = guide.task.score(guide.net, targets_of(start.edits, number, start.x))
     if job.settings.scale is not None:
         return Guidance(score, guide.weight * job.settings.scale, guide.low, guide.high)
     strength = guide.weight * torch.tensor(strengths, dtype=torch.float64, device=start.x.device)
@@ -370,12 +394,12 @@ def attempts_of(
     results = [e.image.plus(delta, value_range, e.region) for e, delta in zip(start.edits, change, strict=True)]
     x = stacked(job, results)
     after = seen(job, start, 0, x)
-    errors = errors_at(job, start, x)
-    limits = {guide.task.name: guide.tolerance(job.settings) for guide in job.guides}
+    errors = errors_from_targets(job, start.edits, x)
     made = []
     for i, result in enumerate(results):
         error = of(i, errors)
-        miss = max((error[task] / max(limits[task], TINY) for task in error), default=math.inf)
+        limits = start.limits[i]
+        miss = max((error[task] / max(limits[task], TINY) for task in limits if task in error), default=math.inf)
         course = [{"level": level, **of(i, numbers)} for level, numbers in along]
         made.append(Attempt(strengths[i], change[i], result, of(i, after), error, course, miss))
     return made
@@ -386,7 +410,7 @@ def refuse_unknown(job: Job, start: Start) -> None:
     assert start.base is not None
     limit = job.settings.max_reconstruction
     for edit, error in zip(start.edits, sizes(job, start.base - start.x), strict=True):
-        if error > limit:
+        if not error <= limit:  # nor NaN
             raise InputError(
                 f"{edit.image.source.paths[0].name}: unguided, the model gives it back with an error of {error:.1%} of "
                 f"the range, more than --max-reconstruction {limit:.1%}; it does not know such images: give models "
@@ -400,10 +424,7 @@ def with_region(job: Job, start: Start, attempts: Sequence[Attempt]) -> Start:
         (edit.image.from_grid(changed_most(one.change)) > 0.5).float()
         for edit, one in zip(start.edits, attempts, strict=True)
     ]
-    edits = [
-        edit._replace(region=region if edit.region is None else region * edit.region)
-        for edit, region in zip(start.edits, regions, strict=True)
-    ]
+    edits = [edit._replace(region=region) for edit, region in zip(start.edits, regions, strict=True)]
     return replace(start, edits=edits, region=regions_of(job, edits), base=None)
 
 
@@ -426,9 +447,10 @@ def check_sane(job: Job, edits: Sequence[Edit], level: int, x: Tensor) -> None:
     fine = (x.abs() < ABSURD).flatten(1).all(1).tolist()  # which NaN is not either
     if not all(fine):
         names = ", ".join(e.image.source.paths[0].name for e, ok in zip(edits, fine, strict=True) if not ok)
-        scale, strength = job.settings.scale, job.settings.strength or FIRST
-        given = f"--strength than {strength:g}" if scale is None else f"--scale than {scale:g}"
-        raise SamplingError(f"{names}: values beyond {ABSURD:g} at level {level}; give a smaller {given}.")
+        fixed = {"--scale": job.settings.scale, "--strength": job.settings.strength}
+        given = [f"a smaller {option} than {value:g}" for option, value in fixed.items() if value is not None]
+        advice = given[0] if given else f"a --strength below {FIRST:g}"
+        raise SamplingError(f"{names}: values beyond {ABSURD:g} at level {level}; give {advice}.")
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -452,7 +474,7 @@ def translations(job: Job, start: Start, attempts: Sequence[Sequence[Attempt]], 
             "along": list(one.along),
             **of(i, sized),
             **{name: {when: of(i, numbers) for when, numbers in parts.items()} for name, parts in told.items()},
-            **loop_record(job, attempts[i]),
+            **loop_record(attempts[i], start.limits[i]),
             "preservation": preserved(edit.image, one.result, inside_of(edit, one.change)),
             "seconds": round(seconds, 3),
         }
@@ -460,13 +482,12 @@ def translations(job: Job, start: Start, attempts: Sequence[Sequence[Attempt]], 
     return made
 
 
-def loop_record(job: Job, attempts: Sequence[Attempt]) -> dict[str, Any]:
+def loop_record(attempts: Sequence[Attempt], limits: Mapping[str, float]) -> dict[str, Any]:
     """Return what a record says of the targets: how far off, whether reached, and what was tried for it."""
     one = best(attempts)
-    limits = {guide.task.name: guide.tolerance(job.settings) for guide in job.guides}
-    known = {task: limit for task, limit in limits.items() if limit < math.inf}
     told: dict[str, Any] = {"error": dict(one.error)} if one.error else {}
-    if known and one.error:
+    if limits and one.error:
+        known = {task: float(f"{limit:.4g}") for task, limit in limits.items()}
         told |= {"tolerance": known, "reached": one.miss <= 1}
     if one.strength is not None:
         tried = [{"strength": float(f"{made.strength:.4g}"), "error": dict(made.error)} for made in attempts]
@@ -485,9 +506,10 @@ def judgements(job: Job, start: Start, x: Tensor) -> dict[str, dict[str, Numbers
     """Return what judges see in the images and their results x [N, C, h, w], and how far these are from the targets."""
     told: dict[str, Numbers] = {"before": {}, "after": {}, "error": {}}
     for k, guide in enumerate(job.guides):
-        if guide.judge is None:
+        judged = [wanted for edit in start.edits if (wanted := edit.judged[k]) is not None]
+        if guide.judge is None or len(judged) < len(start.edits):
             continue
-        target = torch.stack([wanted for edit in start.edits if (wanted := edit.judged[k]) is not None]).to(x.device)
+        target = torch.stack(judged).to(x.device)
         for when, images in (("before", start.x), ("after", x)):
             numbers = guide.judge.numbers(images, 0, target)
             told[when] |= {job.name(guide, name): values for name, values in numbers.items()}
@@ -496,12 +518,18 @@ def judgements(job: Job, start: Start, x: Tensor) -> dict[str, dict[str, Numbers
 
 
 def others(job: Job, start: Start, x: Tensor) -> dict[str, dict[str, Numbers]]:
-    """Return what tasks that were not asked see in the images and their results x [N, C, h, w]."""
+    """Return what tasks that were not asked see in the images and their results x [N, C, h, w].
+
+    One that cannot tell is left out: nothing depends on it.
+    """
     told: dict[str, Numbers] = {"before": {}, "after": {}}
     for reader in job.onlookers:
-        for when, images in (("before", start.x), ("after", x)):
-            numbers = reader.numbers(images, 0, None)
-            told[when] |= {f"{reader.task.name} {name}": values for name, values in numbers.items()}
+        try:
+            numbers = {when: reader.numbers(y, 0, None) for when, y in (("before", start.x), ("after", x))}
+        except TaskError:
+            continue
+        for when, seen in numbers.items():
+            told[when] |= {f"{reader.task.name} {name}": values for name, values in seen.items()}
     return {"others": told} if told["after"] else {}
 
 
@@ -510,7 +538,7 @@ def seen(job: Job, start: Start, level: int, x: Tensor) -> Numbers:
     return {
         job.name(guide, name): values
         for k, guide in enumerate(job.guides)
-        for name, values in guide.numbers(x, level, start.targets(k)).items()
+        for name, values in guide.numbers(x, level, targets_of(start.edits, k, x)).items()
     }
 
 

@@ -138,8 +138,9 @@ class Run:
 
     @property
     def at_once(self) -> int:
-        """Return how many images the device holds at once."""
-        return -(-self.batch // self.accumulate)
+        """Return how many images the device holds at once; a guide's batch comes in parts by noise level anyway."""
+        parts = 1 if self.kind == "diffusion" or self.judge else PARTS
+        return -(-self.batch // max(self.accumulate, parts))
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must agree on."""
@@ -413,9 +414,10 @@ def refuse_full_disk(folder: Path, need: int) -> None:
 
 def more_memory(run: Run) -> str:
     """Say how a run would need less memory."""
-    if run.accumulate == run.batch:
+    if run.at_once == 1:
         return "choose a smaller --preset"
-    return f"split it by --accumulate {min(2 * run.accumulate, run.batch)}, which changes nothing else"
+    parts = -(-run.batch // run.at_once)
+    return f"split it by --accumulate {min(2 * parts, run.batch)}, which changes nothing else"
 
 
 # --------------------------------------------------------------------------------------------------------- the one step

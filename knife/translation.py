@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -19,7 +20,7 @@ from knife import __version__, ops, outputs, stacks, tasks
 from knife.calibrate import default_level
 from knife.checkpoint import Stored, load
 from knife.devices import enough_memory, resolve_device
-from knife.errors import InputError, KnifeError, ModelError, SettingsError, TargetError
+from knife.errors import ApartError, InputError, KnifeError, ModelError, SettingsError, TargetError, TaskError
 from knife.finite import fill_of
 from knife.image import Image, check_dtype
 from knife.inputs import Place, expand, opened
@@ -34,7 +35,7 @@ from knife.steering import Failed, Guide, Job, Reader, Ticks, run, stacked
 T = TypeVar("T")
 SYNTHETIC = "made by a generative model; for research, not for diagnosis"
 AUTO = "auto"  # the region found from what guidance changed
-BY = re.compile(r"by:([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)(%?)")  # a target that counts from what the image has
+BY = re.compile(r"by:([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(%?)")  # a target that counts from what the image has
 
 
 def translate(
@@ -97,7 +98,7 @@ def translate(
     spec = pairs[0].diffusion.card.spec
     sources = [replace(source, crop=spec.crop) for source in sources]
     job = job_of(kinds, wishes, pairs, settings, where)
-    ask = partial(asked, job, wishes, region)
+    ask = partial(asked, job, wishes, region, failed=failed)
     todos = good([partial(ask, source) for source in sources], [source.source.paths[0] for source in sources], failed)
     places = [source.source for source, _ in todos]
     plans = [None] * len(places) if out is None else destinations(places, wishes, Path(out), region)
@@ -174,7 +175,10 @@ def job_of(
             judge, (low, high) = judge_of(pair), wish.window or (0, math.inf)
             parts = (kind, pair.guide, load(pair.guide, device), wish.weight, int(low), high)
             guides.append(Guide(*parts, reader(kind, judge) if judge else None))
-        looking = [reader(kind, stored) for kind, stored in onlookers(pairs[0], [wish.task for wish in wishes])]
+        looking = []
+        for kind, stored in onlookers(pairs[0], [wish.task for wish in wishes]):
+            with suppress(ModelError, TaskError):  # nothing depends on them
+                looking.append(reader(kind, stored))
         net = load(pairs[0].diffusion, device)
     return Job(pairs[0].diffusion, net, tuple(guides), settings, device, tuple(looking))
 
@@ -207,34 +211,38 @@ def about_walk(job: Job, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def asked(
-    job: Job, wishes: Sequence[Wish], region: str | None, source: Image | Stack
+    job: Job, wishes: Sequence[Wish], region: str | None, source: Image | Stack, failed: Failed | None = None
 ) -> tuple[Image | Stack, list[Edit]]:
     """Return an input, and what is asked of its images: targets and region, read from the user's words.
 
-    Slices of a volume that these say nothing of, as one that a mask does not reach, are left as they are.
+    Slices of a volume that a mask does not reach are left as they are; `failed` hears of those that are refused.
     """
 
     def ask(image: Image) -> Edit:
         texts = [absolute(job, guide, wish.target, image) for guide, wish in zip(job.guides, wishes, strict=True)]
         targets = [target_of(job, guide, text, image) for guide, text in zip(job.guides, texts, strict=True)]
-        judged = [
-            target_of(job, guide.judge, text, image, beyond=True) if guide.judge else None
-            for guide, text in zip(job.guides, texts, strict=True)
-        ]
+        judged = [judged_target(job, guide, text, image) for guide, text in zip(job.guides, texts, strict=True)]
         where = None if region is None else read_target_mask(region, image, "--region")
         return Edit(image, tuple(targets), where, tuple(judged), tuple(without_folder(text) for text in texts))
 
     if isinstance(source, Image):
         return source, [ask(source)]
-    told, errors = dict[int, Edit](), list[KnifeError]()
+    told, apart, refused = dict[int, Edit](), list[KnifeError](), dict[int, KnifeError]()
     for k, image in zip(source.slices, source.images, strict=True):
         try:
             told[k] = ask(image)
+        except ApartError as error:
+            apart.append(error)
         except (InputError, TargetError) as error:
-            errors.append(error)
+            refused[k] = error
+    if refused and (failed is None or not told):
+        raise next(iter(refused.values()))
     if not told:
-        raise errors[0]
-    return replace(source, slices=tuple(told)), [*told.values()]
+        raise apart[0]
+    for k, why in refused.items():
+        if failed is not None:
+            failed(source.source.paths[0], TargetError(f"slice {k}: {why}"))
+    return replace(source, slices=tuple(told), refused=tuple(refused)), [*told.values()]
 
 
 def target_of(job: Job, reader: Reader, text: str, image: Image, beyond: bool = False) -> torch.Tensor:
@@ -242,6 +250,16 @@ def target_of(job: Job, reader: Reader, text: str, image: Image, beyond: bool = 
     card = reader.stored.card
     config = {**card.config, "extrapolate": True} if job.settings.extrapolate or beyond else card.config
     return reader.task.target(text, image, card.spec, config)
+
+
+def judged_target(job: Job, guide: Guide, text: str, image: Image) -> torch.Tensor | None:
+    """Return a target as the guide's judge understands it; None if there is no judge, or it means nothing to it."""
+    if guide.judge is None:
+        return None
+    try:
+        return target_of(job, guide.judge, text, image, beyond=True)
+    except TargetError:
+        return None
 
 
 def absolute(job: Job, guide: Guide, target: str, image: Image) -> str:
@@ -309,11 +327,11 @@ def check(settings: Settings, wishes: Sequence[Wish], pairs: Sequence[Pair]) -> 
     T, level = pairs[0].diffusion.card.schedule.T, settings.noise_level or 0
     if not 1 <= level <= T:
         raise SettingsError(f"--noise-level {settings.noise_level}: give a level from 1 to {T}.")
-    path(level, settings.steps or 0)
+    levels = path(level, settings.steps or 0)
     for wish in wishes:
-        if wish.window and wish.window[0] >= level:
+        if wish.window and not any(wish.window[0] < step <= wish.window[1] for step in levels):
             raise SettingsError(
-                "--window {}:{}: lies above the noise level, {}; nothing would guide.".format(*wish.window, level)
+                "--window {}:{}: no step of the walk to {} lies in it; give a wider one.".format(*wish.window, level)
             )
     if settings.batch_size < 1:
         raise SettingsError(f"--batch-size {settings.batch_size}: give 1 or more.")

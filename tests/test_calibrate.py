@@ -24,7 +24,6 @@ from knife.calibrate import (
     chosen,
     crossing,
     default_level,
-    default_window,
     round_trip,
     set_apart,
     sight,
@@ -171,7 +170,6 @@ def test_a_curve_is_crossed_between_its_points():
 def test_a_level_that_is_none_is_not_taken_from_a_card(told):
     card = Card("regress", "toy", SPEC, SCHEDULE, calibration={"noise_level": told, "guide_below": told})
     assert default_level(card) is None
-    assert default_window(card) is None
     assert default_level(replace(card, calibration=[])) is None
     assert default_level(replace(card, calibration={"noise_level": 50})) == 50
 

@@ -53,7 +53,7 @@ def test_of_attempts_that_reach_their_target_the_first_counts_and_else_the_neare
     [
         ([(0.1, 9)], 0.2),
         ([(0.1, 9), (0.2, 5)], 0.4),
-        ([(0.1, 5), (0.2, 9)], 0.05),
+        ([(0.1, 5), (0.2, 9)], math.sqrt(0.02)),
         ([(0.1, 9), (0.2, 5), (0.4, 7)], math.sqrt(0.08)),
     ],
 )
@@ -185,8 +185,9 @@ def test_a_window_says_where_a_task_guides(quick):
         ([], "--task: none given"),
         ([Wish("regress", "0.1"), Wish("regress", "0.2")], "--task regress: given twice"),
         ([Wish("regress", "0.1", 0.0)], "--weight 0: give a number above 0"),
-        ([Wish("regress", "0.1", window=(10, 40))], "--window 10:40: lies above the noise level, 10"),
+        ([Wish("regress", "0.1", window=(10, 40))], "--window 10:40: no step of the walk to 10 lies in it"),
         ([Wish("regress", "0.1", window=(8, 3))], "--window 8:3: give two noise levels"),
+        ([Wish("regress", "0.1", window=(4, 5))], "--window 4:5: no step of the walk to 10 lies in it"),
     ],
 )
 def test_wishes_that_mean_nothing_are_refused(quick, wishes, words):
@@ -218,6 +219,7 @@ def test_a_target_may_count_from_what_is_there(quick, by, wanted):
     ("wish", "words"),
     [
         (Wish("regress", "by:much"), r"--by much: give what to add, as -0.02, or a share of what is there, as \+15%"),
+        (Wish("regress", "by:1.2.3"), r"--by 1.2.3: give what to add"),
         (Wish("classify", "by:+1"), r"--by \+1: the task classify has no single number to count from"),
         (Wish("regress", "9"), r"outside the values .* --allow-extrapolation"),
     ],

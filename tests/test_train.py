@@ -402,9 +402,9 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(squares: Path, monkeypa
         (
             torch.OutOfMemoryError("CUDA out of memory"),
             1,
-            "a batch of 4 in parts of 4 does not fit into memory; split it by --accumulate 2",
+            "a batch of 12 in parts of 3 does not fit into memory; split it by --accumulate 8",
         ),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 4, "choose a smaller --preset"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 12, "choose a smaller --preset"),
     ],
 )
 def test_too_little_memory_is_said(
@@ -415,7 +415,7 @@ def test_too_little_memory_is_said(
 
     monkeypatch.setattr(train, "backward", fail)
     with pytest.raises(DeviceError) as refusal:
-        trained(a_run(squares, accumulate=accumulate))
+        trained(a_run(squares, kind="regress", batch=12, accumulate=accumulate))
     assert said in str(refusal.value)
 
 

@@ -4,7 +4,8 @@ import re
 
 from knife.errors import SettingsError
 
-TARGET = re.compile(r"(?:ellipse|rectangle):[^,;]*(?:,[^,;]*){3}|[^,;]+")  # a shape's own commas separate nothing
+SHAPE = re.compile(r"\s*(?:ellipse|rectangle):")
+TARGET = re.compile(SHAPE.pattern + r"[^,;]*(?:,[^,;]*){3}|[^,;]+")  # a shape's own commas separate nothing
 
 
 def slice_range(text: str | None) -> tuple[int, int] | None:
@@ -34,5 +35,13 @@ def span(option: str, text: str, wanted: str) -> tuple[int, int]:
 
 
 def listed_targets(text: str) -> list[str]:
-    """Read targets with commas or semicolons between them."""
-    return TARGET.findall(text)
+    """Read targets with commas or semicolons between them.
+
+    Raises:
+        SettingsError: if a shape lacks numbers.
+    """
+    found = [target.strip() for target in TARGET.findall(text)]
+    for target in found:
+        if SHAPE.match(target) and target.count(",") != 3:
+            raise SettingsError(f"--targets {text}: {target} is no shape; give four numbers, as ellipse:120,100,20,15.")
+    return [target for target in found if target]
