@@ -351,7 +351,7 @@ def reading(who: str, ask: Ask, seen: Mapping[str, Any]) -> Row:
         return {f"{who}_error": error_in(seen)}
     row = {f"{who}_before": before[name], f"{who}_after": after[name], f"{who}_error": error_in(seen)}
     wanted = number_of(ask.text)
-    if len(after) == 1 and wanted is not None:
+    if len(after) == 1 and wanted:  # a tenth of nothing is nothing
         row[f"{who}_within"] = abs(after[name] - wanted) <= NEAR * abs(wanted)
     if name.startswith("p("):
         row[f"{who}_flipped"] = None if likeliest(before) == name else likeliest(after) == name

@@ -55,6 +55,11 @@ class Stack:
         part = f"slices{self.wanted[0]}-{self.wanted[1] - 1}" if self.wanted else ""
         return replace(self.volume.source, part=part)
 
+    @property
+    def first(self) -> Image:
+        """Return the first of the slices, to look at."""
+        return replace(self.volume.slice(self.slices[0]), crop=self.crop)
+
     @cached_property
     def images(self) -> list[Image]:
         """Return the slices."""

@@ -191,7 +191,7 @@ class Job:
     task: Task | None  # None: a diffusion model
     examples: Sequence[Example]
     validation: Sequence[Example]
-    validated_on: str
+    set_apart: int  # images in `validation` that are not trained on: all of them, or none
     folder: layouts.Folder
     skipped: Mapping[str, str]
     fingerprint: str
@@ -281,7 +281,7 @@ def prepare(run: Run, watch: Watch) -> Job:
         task=kind,
         examples=examples,
         validation=validation or some(examples),
-        validated_on=validated_on(kind, len(validation)),
+        set_apart=len(validation),
         folder=folder,
         skipped={**folder.skipped, **loaded.skipped, **held_out.skipped},
         fingerprint=data.fingerprint(entries),
@@ -395,7 +395,7 @@ def budget(state: State, job: Job) -> Budget:
         seconds_a_step=time_a_step(state, job) if state.step < job.run.steps else 0.0,
         device=job.run.device,
         why=job.folder.why,
-        validation=job.validated_on,
+        validation=validated_on(job.task, job.set_apart),
         config=job.card.config,
     )
 
@@ -721,9 +721,12 @@ def samples(net: nn.Module, card: Card, count: int = 8, steps: int = 50) -> byte
 
 
 def measured(job: Job, kind: Task, net: nn.Module) -> dict[str, float]:
-    """Return what the card tells of a task network: how steep a guide's score is, and the mean error at level 0."""
+    """Return what the card tells of a task network: how steep a guide's score is, and the mean error at level 0.
+
+    Of images that were trained on, no error is told: it would be too small.
+    """
     found = {} if job.run.judge else {"gradient": steepness(job, kind, net)}
-    errors = clean_errors(job, kind, net)
+    errors = clean_errors(job, kind, net) if job.set_apart else None
     if errors is not None and bool(errors.isfinite().all()):  # a distance to an empty mask may have no end
         found["error"] = float(errors.mean())
     return found

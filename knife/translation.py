@@ -91,7 +91,7 @@ def translate(
     sources = good(
         [partial(opened, files, slices, fill_of(nan)) for files in found], [files[0] for files in found], failed
     )
-    samples = [source.images[0] if isinstance(source, Stack) else source for source in sources]
+    samples = [source.first if isinstance(source, Stack) else source for source in sources]
     pairs = chosen(wishes, samples, None if models is None else Path(models), dataset)
     settings = settings.at(level_of(pairs))
     check(settings, wishes, pairs)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from knife.spec import ImageSpec
 
 DISEASE = "mask"
-TOLERANCE = 0.1  # 1 - p: a class that is that probable is reached
+TOLERANCE = 0.02  # 1 - p: a class that is that probable is reached
 
 
 @hookimpl

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from knife.image import read
-from knife.preservation import changed_most, preserved, smoothed, ssim
+from knife.preservation import changed_most, percentile, preserved, smoothed, ssim
 
 
 @pytest.fixture
@@ -76,3 +76,10 @@ def test_what_changed_most_is_round_the_largest_change():
     assert where[20:26, 5:11].all()
     assert where.sum() < 150
     assert not changed_most(torch.zeros(3, 32, 32)).any()
+
+
+def test_percentiles_of_any_number_of_values():
+    values = torch.arange(1.0, 101)[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    assert percentile(values, 0.95) == 95
+    assert percentile(torch.tensor([3.0]), 0.95) == 3
+    assert percentile(torch.ones(2**24 + 1), 0.95) == 1  # more than torch.quantile takes

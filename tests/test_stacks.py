@@ -350,3 +350,18 @@ def test_other_slices_of_a_patient_overwrite_nothing(quick, patient, tmp_path):
     records = sorted(path.name for path in (tmp_path / "out").glob("*.json"))
     ends = ["", "_slice5", "_slices4-5", "_slices5-11", "_slices5-5", "_slices5-6"]
     assert records == sorted(f"P_001_regress_0.3{end}.json" for end in ends)
+
+
+def test_slices_whose_target_is_refused_are_told_and_left_as_they_are(quick, patient, tmp_path):
+    heard = []
+    low = [one.record["before"]["value"] for one in quick(patient, "regress", "0.3", out=None)]
+    edge = sorted(low)[2]  # counted from there on upwards, targets lie beyond what the guide was trained on
+    step = 0.35 - edge
+    done = quick(patient, "regress", f"by:{step:+.6f}", failed=lambda file, why: heard.append(str(why)))
+    beyond = [FIRST + i for i, value in enumerate(low) if value + step > 0.35 + 1e-6]
+    assert 0 < len(beyond) < len(low)
+    assert len(heard) == len(beyond)
+    assert all("outside the values" in why for why in heard)
+    assert [one.record["slice"] for one in done] == [FIRST + i for i in range(len(low)) if FIRST + i not in beyond]
+    (record,) = (tmp_path / "out").glob("P_001_*.json")
+    assert json.loads(record.read_text())["failed"] == beyond

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from knife import steering
-from knife.checkpoint import describe, read_tensors, save
+from knife.checkpoint import STARTER, describe, read_tensors, save, stored_models
 from knife.errors import InputError, ModelError, SettingsError, TargetError
 from knife.image import read
 from knife.settings import FIRST, ROUNDS, STRENGTH, Settings, Wish
@@ -135,6 +135,61 @@ def test_a_later_attempt_that_blows_up_leaves_the_earlier_ones(quick, monkeypatc
     monkeypatch.setattr(steering, "check_sane", check)
     done = quick(Wish("regress", "0.3"), settings=replace(FEW, tolerance=1e-9))
     assert [attempt["strength"] for attempt in done.record["attempts"]] == [FIRST]
+
+
+def test_an_image_that_blows_up_later_does_not_end_the_loop_of_its_neighbour(models, images, monkeypatch):
+    settings = replace(FEW, tolerance=1e-9)
+    places = [images / "healthy.nii", images / "slice.nii"]
+    (alone,) = translate(places[1], Wish("regress", "0.3"), models=models, settings=settings)
+    real, decodes = steering.check_sane, []
+
+    def check(job, edits, level, x):
+        decodes.append(level == 0 and edits[0].image.source.paths[0] == places[0])
+        if sum(decodes) > 1 and edits[0].image.source.paths[0] == places[0]:  # from its second decode on
+            raise steering.SamplingError("blown up.")
+        real(job, edits, level, x)
+
+    monkeypatch.setattr(steering, "check_sane", check)
+    bad, good = translate(places, Wish("regress", "0.3"), models=models, settings=settings)
+    assert len(bad.record["attempts"]) == 1
+    tried = [attempt["strength"] for attempt in good.record["attempts"]]
+    assert tried == [attempt["strength"] for attempt in alone.record["attempts"]]
+
+
+def test_what_nothing_tells_of_counts_neither_as_reached_nor_as_missed(own, images):
+    """Regress + has no end, and nothing tells how near is near for classify: no loop, no verdict."""
+    path = own / "brain" / "regress.safetensors"
+    card = describe(path).card
+    save(path, read_tensors(path), replace(card, guidance={**card.guidance, "error": 0.01}).to_json())
+    (done,) = translate(
+        images / "slice.nii", Wish("regress", "+"), Wish("classify", "healthy"), models=own, settings=FEW
+    )
+    assert set(done.record["error"]) == {"classify"}
+    assert "reached" not in done.record
+    assert done.record["strength"] == STRENGTH
+
+
+@pytest.mark.parametrize(
+    ("begins", "tolerance"),
+    [(1.0, 0.04), (0.3, 0.03), (0.05, 0.01), (0.0, 0.01), (float("nan"), float("inf"))],
+)
+def test_a_tenth_of_the_way_is_near_enough_within_what_a_guide_can_tell(models, begins, tolerance):
+    stored = describe(models / "brain" / "regress.safetensors")
+    knowing = replace(stored, card=replace(stored.card, guidance={"error": 0.04}))
+    guide = steering.Guide(None, knowing, None)
+    assert guide.tolerance(begins, Settings()) == pytest.approx(tolerance)
+    assert steering.Guide(None, stored, None).tolerance(begins, Settings()) == math.inf
+    task_says = replace(knowing, card=replace(knowing.card, config={"tolerance": 0.1}))
+    assert steering.Guide(None, task_says, None).tolerance(0.5, Settings()) == 0.1
+    assert guide.tolerance(0.5, Settings(tolerance=0.2)) == 0.2
+
+
+def test_the_shipped_guides_close_the_loop_and_know_their_noise_level():
+    for stored in stored_models(STARTER):
+        if stored.card.kind != "diffusion":
+            assert 0 < stored.card.guidance["error"] < 0.1
+            assert 400 <= stored.card.calibration["noise_level"] <= 600
+            assert steering.Guide(None, stored, None).tolerance(0.5, Settings()) <= 0.1
 
 
 # -------------------------------------------------------------------------------------------------- several tasks
@@ -292,7 +347,12 @@ def test_the_record_tells_what_other_tasks_see(quick):
 
 
 def test_onlookers_that_cannot_be_read_are_left_out(own, images):
-    (own / "brain" / "segment.safetensors").write_bytes(b"no model")
+    damaged = own / "brain" / "segment.safetensors"
+    tensors = {name: tensor[..., :1] if tensor.ndim > 3 else tensor for name, tensor in read_tensors(damaged).items()}
+    save(damaged, tensors, describe(damaged).card.to_json())  # a card that is right, and weights that do not fit it
+    (done,) = translate(images / "slice.nii", Wish("classify", "healthy"), models=own, settings=FEW)
+    assert set(done.record["others"]["after"]) == {"regress value"}
+    damaged.write_bytes(b"no model")
     (done,) = translate(images / "slice.nii", Wish("classify", "healthy"), models=own, settings=FEW)
     assert set(done.record["others"]["after"]) == {"regress value"}
 
