@@ -30,6 +30,7 @@ from knife.tasks import Task
 Failed = Callable[[Path, KnifeError], None]  # hears of a file that could not be translated, and why
 Numbers = dict[str, list[float]]  # what a network sees: a name, a number for each image
 LOOKS = 10  # times that the guides are asked along the way
+WORTH = 0.8  # share that a harder pull must bring the error below, as it changes more of the rest
 TINY = 1e-12  # tolerances below mean: as near as can be
 ABSURD = 1e6  # no pixel of a noisy image comes near this
 
@@ -305,8 +306,12 @@ def another(job: Job, start: Start, rows: Sequence[int], attempts: Sequence[list
 
 
 def best(attempts: Sequence[Attempt]) -> Attempt:
-    """Return the attempt that came nearest; of several that reached their targets, the first, which is the gentlest."""
-    return min(attempts, key=lambda one: max(one.miss, 1.0))
+    """Return the gentlest attempt that reached its targets; if none did, one that came nearest by what is worth it."""
+    chosen, *stronger = sorted(attempts, key=lambda one: one.strength or 0.0)
+    for one in stronger:
+        if one.miss <= 1 < chosen.miss or (one.miss < WORTH * chosen.miss and chosen.miss > 1):
+            chosen = one
+    return chosen
 
 
 def next_strength(attempts: Sequence[Attempt]) -> float:

@@ -342,7 +342,10 @@ def translate(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", help="How near the target is near enough; default: a tenth of the way, or what the guide itself errs by if that is less."),
+        typer.Option(
+            "--tolerance",
+            help="How near the target is near enough; default: a tenth of the way, or the guide's own error if less.",
+        ),
     ] = None,
     extrapolate: Annotated[
         bool, typer.Option("--allow-extrapolation", help="Allow targets beyond the values that a guide was trained on.")
