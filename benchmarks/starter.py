@@ -19,9 +19,10 @@ STARTER = Path(__file__).resolve().parents[1] / "knife" / "starter"  # of this c
 COMMANDS = (
     "phantom data/phantom --count 6000 --size 64 --seed 1",
     "train diffusion --data data/phantom --preset small-64 --steps 12500",
-    "train regress --data data/phantom --preset small-64 --steps 30000",
-    "train classify --data data/phantom --preset small-64 --steps 7150",
+    "train regress --data data/phantom --preset small-64 --steps 34000",
+    "train classify --data data/phantom --preset small-64 --steps 9000",
     "train segment --data data/phantom --preset small-64 --steps 3500",
+    "calibrate phantom --data data/phantom",
 )
 
 

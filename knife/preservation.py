@@ -11,7 +11,7 @@ from knife.image import Image
 SIGMA, REACH = 1.5, 5  # of the window that SSIM compares through, in pixels (Wang et al. 2004)
 C1, C2 = 0.01**2, 0.03**2  # its constants, for intensities from 0 to 1
 SMOOTH = 2.0  # pixels over which a change is averaged before it is asked where it is large
-LARGE = 0.25  # share of the largest change from which one counts as large
+LARGE, ROUND = 0.1, 3  # share of the largest change from which one counts as large; pixels round it that do too
 
 
 def preserved(before: Image, after: Image, inside: Tensor | None = None) -> dict[str, float]:
@@ -87,6 +87,7 @@ def along(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def changed_most(change: Tensor) -> Tensor:
-    """Return where a change [C, h, w] is large, [1, h, w] float, 0 or 1: nowhere if it is nil."""
+    """Return where a change [C, h, w] is large, and what is round it, [1, h, w], 0 or 1: nowhere if it is nil."""
     size = smoothed(change.abs().mean(0, keepdim=True), SMOOTH, round(3 * SMOOTH))
-    return ((size >= LARGE * size.max()) & (size > 0)).float()
+    large = ((size >= LARGE * size.max()) & (size > 0)).float()
+    return F.max_pool2d(large, 2 * ROUND + 1, 1, ROUND)

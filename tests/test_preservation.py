@@ -74,7 +74,8 @@ def test_what_changed_most_is_round_the_largest_change():
     change[:, 20:26, 5:11] += 1
     where = changed_most(change)[0]
     assert where[20:26, 5:11].all()
-    assert where.sum() < 150
+    assert where.sum() < 400
+    assert not where[:8].any()
     assert not changed_most(torch.zeros(3, 32, 32)).any()
 
 
