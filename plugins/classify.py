@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from knife.spec import ImageSpec
 
 DISEASE = "mask"
-TOLERANCE = 0.02  # 1 - p: a class that is that probable is reached
 
 
 @hookimpl
@@ -32,7 +31,7 @@ def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
         raise InputError(f"classify: no image has {name}; give another --label.")
     if len(classes) < 2:
         raise InputError(f"classify: every image has {name} = {classes[0]}; two classes are the least.")
-    return {"label": name, "classes": classes, "tolerance": TOLERANCE}
+    return {"label": name, "classes": classes}
 
 
 @hookimpl
