@@ -17,7 +17,7 @@ import warnings
 import pytest
 import torch
 
-from knife.ddim import decode, encode
+from knife.ddim import Guidance, decode, encode
 from knife.ddpm import hybrid_loss
 from knife.schedule import Schedule
 
@@ -114,7 +114,7 @@ def test_one_guided_step_down(schedule, level):
         model_kwargs={},
         eta=0,
     )["sample"]
-    torch.testing.assert_close(decode(net, x, schedule, [level - 1, level], score, scale), theirs, **CLOSE)
+    torch.testing.assert_close(decode(net, x, schedule, [level - 1, level], [Guidance(score, scale)]), theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("level", [2, 20, 40])
@@ -140,6 +140,8 @@ def test_one_clipped_and_guided_step_down(schedule, level):
         x0 = ((x - (1 - ab).sqrt() * net(x, t)[:, :3]) / ab.sqrt()).clamp(-1, 1)
         return (x - ab.sqrt() * x0) / (1 - ab).sqrt()
 
-    torch.testing.assert_close(decode(clipped, x, schedule, [level - 1, level], score, scale), theirs, **CLOSE)
-    last = decode(net, x, schedule, [0, level], score, scale, clamp=(-1, 1))
+    torch.testing.assert_close(
+        decode(clipped, x, schedule, [level - 1, level], [Guidance(score, scale)]), theirs, **CLOSE
+    )
+    last = decode(net, x, schedule, [0, level], [Guidance(score, scale)], clamp=(-1, 1))
     assert last.abs().max() <= 1

@@ -120,6 +120,9 @@ VIOLATIONS = {
     "evaluate: NaN": (lambda x: {"a": x[:, 0, 0, 0] / 0}, "returned .* not all finite"),
     "evaluate: empty": (lambda: {}, "returned no numbers"),
     "evaluate: level": (lambda x: {"level": x[:, 0, 0, 0]}, "named a number level"),
+    "error: below 0": (lambda x: -torch.ones(len(x)), "returned a tensor .*; it must return a distance for each image"),
+    "error: one": (lambda x: x.abs().mean(), "returned a tensor of shape .*; it must return a distance for each image"),
+    "error: sees others": (lambda x: x.abs().mean() + torch.arange(len(x)), "returned .* for the first image, and"),
 }
 
 
