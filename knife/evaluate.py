@@ -45,6 +45,7 @@ from knife.outputs import Edit, Translation, refusing_disk, without_folder
 from knife.pairs import Pair, choose
 from knife.settings import DEFAULTS, Settings, Wish
 from knife.steering import Job, Reader, Ticks, run
+from knife.survey import number_of
 from knife.translation import about_walk, absolute, asked, check, job_of, level_of
 from knife.volume import Volume
 
@@ -375,15 +376,6 @@ def error_in(seen: Mapping[str, Any]) -> float | None:
     """Return the one task's distance from its target, if there is one."""
     error = next(iter(seen.get("error", {}).values()), None)
     return error if error is not None and math.isfinite(error) else None
-
-
-def number_of(text: str) -> float | None:
-    """Return a text as a finite number, or None if it is none."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def image_row(job: Job, sample: Sample, rows: Sequence[Row]) -> Row:

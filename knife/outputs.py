@@ -45,8 +45,13 @@ class Translation:
     @property
     def wanted(self) -> Tensor | None:
         """Return where a target wants something, [H, W] bool on the image's grid, if one is a mask."""
-        masks = [target for target in self.targets if target.shape == (1, *self.change.shape[1:])]
-        return self.source.from_grid(masks[0].float())[0] > 0.5 if masks else None
+        masks = wanted_masks(self.source, self.targets, self.change)
+        return masks[0][0] if masks else None
+
+
+def wanted_masks(image: Image, targets: Sequence[Tensor], change: Tensor) -> list[Tensor]:
+    """Return the targets that are masks on the grid of a change [C, h, w], on the image's grid, [1, H, W] bool."""
+    return [image.from_grid(one.float()) > 0.5 for one in targets if one.shape == (1, *change.shape[1:])]
 
 
 class Edit(NamedTuple):
@@ -57,6 +62,7 @@ class Edit(NamedTuple):
     region: Tensor | None = None  # where it may change, [1, H, W], 0 or 1; None: anywhere
     judged: tuple[Tensor | None, ...] = ()  # the targets as the tasks' judges understand them, where there are any
     wanted: tuple[str, ...] = ()  # the targets in words, of what counts from the image the number it comes to
+    outlined: Tensor | None = None  # where a tumour is known to be, [1, H, W] bool; it may well change there
 
 
 class Unit(NamedTuple):

@@ -25,7 +25,6 @@ from knife.files import write_safely
 from knife.image import Image, Source, is_image
 from knife.layouts import adopt_masks, cases_of
 from knife.outputs import Edit, Files, Translation, Unit, draw, refusing_disk, save
-from knife.preservation import preserved
 from knife.volume import Volume
 
 BRAIN = 0.1  # share of its pixels that makes a slice worth translating, where nothing else is said
@@ -136,7 +135,7 @@ def key_of(stack: Stack, about: Mapping[str, Any], edits: Sequence[Edit]) -> str
     chosen = {name: value for name, value in about["settings"].items() if name not in FREE}
     told = [about["knife"], about["wishes"], about["region"], chosen, [model["sha256"] for model in about["models"]]]
     hashed = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    asked = [tensor for edit in edits for tensor in (*edit.targets, edit.region) if tensor is not None]
+    asked = [tensor for edit in edits for tensor in (*edit.targets, edit.region, edit.outlined) if tensor is not None]
     for tensor in (stack.volume.pixels, stack.volume.window, *asked):
         hashed.update(tensor.contiguous().numpy().tobytes())
     return hashed.hexdigest()
@@ -186,8 +185,7 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
     """
     whole = stack.volume
     said = {
-        k: {"slice": k, **own(one), "preservation": preserved(one.source, one.result, mask_on(stack, k, one))}
-        for k, one in done.items()
+        k: {"slice": k, **{name: one.record[name] for name in OWN if name in one.record}} for k, one in done.items()
     }
     result = whole.with_slices({k: one.result.pixels for k, one in done.items()})
     difference = (result.pixels - whole.pixels).abs().sum(0, keepdim=True)  # the paper's map: summed over channels
@@ -212,18 +210,6 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
     if not failed:
         shutil.rmtree(place_of(files), ignore_errors=True)
     return [replace(one, record={**one.record, **said[k]}, files=files) for k, one in done.items()]
-
-
-def own(one: Translation) -> dict[str, Any]:
-    """Return what a record says of one slice alone."""
-    return {name: one.record[name] for name in OWN if name in one.record}
-
-
-def mask_on(stack: Stack, k: int, one: Translation) -> Tensor | None:
-    """Return where a slice may well change, [1, H, W] bool: its outlined tumour, the wanted one and the region."""
-    region = None if one.region is None else one.region[0] > 0
-    masks = [mask for mask in (None if stack.mask is None else stack.mask[k], one.wanted, region) if mask is not None]
-    return torch.stack(masks).any(0, keepdim=True) if masks else None
 
 
 def row_of(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Decodes images towards their targets: batch by batch, and as often as it takes.
 
 A batch is encoded once. Its first decode holds the unguided control too. Where the strength is not given, images that
-are not at their targets yet are decoded again, pulled at harder or more gently, and the best attempt counts.
+are not at their targets yet are decoded again with another one, and the gentlest attempt that is worth it counts.
 """
 
 import math
@@ -20,7 +20,7 @@ from knife.devices import enough_memory
 from knife.errors import DeviceError, InputError, KnifeError, SamplingError, TaskError
 from knife.image import Image
 from knife.masks import soft_edged
-from knife.outputs import Edit, Translation
+from knife.outputs import Edit, Translation, wanted_masks
 from knife.pairs import unnamed
 from knife.preservation import changed_most, preserved
 from knife.schedule import path, timestep
@@ -548,15 +548,10 @@ def seen(job: Job, start: Start, level: int, x: Tensor) -> Numbers:
 
 
 def inside_of(edit: Edit, change: Tensor) -> Tensor | None:
-    """Return where an image may well change, [1, H, W] bool: its region and the wanted mask; None if not told."""
-    masks = [edit.image.from_grid(target.float()) > 0.5 for target in edit.targets if is_mask(target, change)]
-    masks += [] if edit.region is None else [edit.region > 0]
-    return torch.stack(masks).any(0) if masks else None
-
-
-def is_mask(target: Tensor, change: Tensor) -> bool:
-    """Tell whether a target is a mask on the grid of a change [C, h, w]."""
-    return target.shape == (1, *change.shape[1:])
+    """Return where an image may well change, [1, H, W] bool: wanted masks, outlines, its region; None if unknown."""
+    masks = [*wanted_masks(edit.image, edit.targets, change), edit.outlined, edit.region]
+    known = [mask > 0 for mask in masks if mask is not None]
+    return torch.stack(known).any(0) if known else None
 
 
 def image_record(job: Job, image: Image) -> dict[str, Any]:

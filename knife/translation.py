@@ -230,7 +230,7 @@ def asked(
     told, apart, refused = dict[int, Edit](), list[KnifeError](), dict[int, KnifeError]()
     for k, image in zip(source.slices, source.images, strict=True):
         try:
-            told[k] = ask(image)
+            told[k] = ask(image)._replace(outlined=None if source.mask is None else source.mask[k][None])
         except ApartError as error:
             apart.append(error)
         except (InputError, TargetError) as error:
