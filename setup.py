@@ -30,8 +30,8 @@ def extensions() -> list[Extension]:
     for device in ["cpu", "cuda"] if torch.version.cuda else ["cpu"]:
         try:
             ops.compiler(device)
-            source = ops.source_folder() / ops.SOURCES[device]
-            found.append(Extension(f"knife.{ops.library_name(device)}", [f"csrc/{source.name}"], optional=True))
+            sources = [f"csrc/{source.name}" for source in ops.sources(device)]
+            found.append(Extension(f"knife.{ops.library_name(device)}", sources, optional=True))
         except ops.OpsError as problem:
             warnings.warn(f"knife: installed without compiled ops: {problem}", stacklevel=1)
     return found

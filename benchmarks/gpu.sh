@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can tell. Run from the root of a checkout, with a python3 that has torch for CUDA:
 #
-#     bash benchmarks/gpu.sh ops       build the CUDA kernel, test it, look for memory errors and races, measure GB/s
+#     bash benchmarks/gpu.sh ops       build and test the CUDA kernels, look for memory errors and races, measure them
 #     bash benchmarks/gpu.sh train     make phantoms and train the four small models on them
 #     bash benchmarks/gpu.sh measure   quality figures, seconds per image, images a second of the loader
 #
@@ -27,7 +27,8 @@ say() { printf '\n== %s\n' "$*"; }
 
 gpu_ops() {
     export KNIFE_OPS=native
-    local small="kernel_equals_reference and cuda and float32 and (contiguous or slice)"
+    local compared="kernel_equals_reference or norm_equals_reference or norm_has_the_gradients"
+    local small="($compared) and cuda and float32 and (contiguous or slice)"
     local test=(python3 -m pytest -q -p no:cacheprovider tests/test_ops.py)
     say "which kernels run"
     python3 -c 'from knife import ops; [print(ops.status(d), ops.self_test(d)) for d in ops.SOURCES]'
@@ -44,6 +45,8 @@ gpu_ops() {
     for dtype in float32 bfloat16; do
         python3 benchmarks/ops.py --device cuda --dtype "$dtype" | tee "$out/ops-$dtype.txt"
     done
+    say "calls of the networks"
+    timeout 100 python3 benchmarks/network.py --device cuda --repeats 20 | tee "$out/network.txt"
 }
 
 # Train one network; SIGTERM after so many seconds saves, and the same command goes on from there.

@@ -1,15 +1,19 @@
-"""Measure the fused DDIM step beside a plain copy and beside the same step in plain torch.
+"""Measure the fused ops beside a plain copy and beside the same in plain torch.
 
     python benchmarks/ops.py [--device cuda] [--dtype bfloat16] [--repeats 50]
 
-A guided step reads x, eps and the gradient and writes x': four passes over an image. Nothing can be faster than moving
-those bytes, so the yardstick is a copy of as many (of a tensor twice as large: one pass reads, one writes) into memory
-that is there already; the step also has to get its output. eps is a channel slice of a twice as wide output, as in
-translation.
+A guided DDIM step reads x, eps and the gradient and writes x': four passes over an image. Nothing can be faster than
+moving those bytes, so the yardstick is a copy of as many (of a tensor twice as large: one pass reads, one writes) into
+memory that is there already; the step also has to get its output. eps is a channel slice of a twice as wide output, as
+in translation. Beside it stand the three lines of the formula in plain torch, and `ddim_sample` of the package
+guided-diffusion-sdk, if that is installed, around a network that costs nothing.
 
-Beside it stand the three lines of the formula in plain torch, and `ddim_sample` of the package guided-diffusion-sdk, if
-that is installed, around a network that costs nothing. All are timed in turn, many times, and the medians compared. The
-last line printed is one JSON object.
+The norm, group_norm, a scale and shift and SiLU, reads its features and writes as many: two passes, though it must read
+twice. Beside it stand a copy, and the same as three calls of torch; for channels_last and contiguous features, and for
+the gradient of x too (forward and backward, through autograd).
+
+All are timed in turn, many times, and the medians compared; freed memory is kept, as in a translation. --cpu-time
+counts the processor's time instead of the clock's, where others share it. The last line printed is one JSON object.
 """
 
 import argparse
@@ -24,8 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from knife import ops
+from knife.devices import keep_freed_memory
 
 SIZES = ((1, 4, 64, 64), (1, 4, 256, 256), (16, 4, 256, 256))
 COLUMNS = (
@@ -39,6 +45,12 @@ COLUMNS = (
     "guided-diffusion us",
     "times",
 )
+NORMS = ((1, 48, 32, 32), (8, 48, 32, 32), (1, 144, 8, 8), (1, 128, 64, 64), (1, 128, 256, 256))
+GROUPS = {48: 8, 144: 8, 128: 32}  # of so many channels, as in the presets
+NORM_COLUMNS = (
+    *("size", "layout", "norm us", "norm GB/s", "copy GB/s", "of copy", "torch us", "times"),
+    *("gradient us", "times"),
+)
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -46,15 +58,19 @@ def main() -> None:
     """Measure every size and print a table and one JSON line."""
     options = parse()
     torch.manual_seed(0)
-    torch.set_grad_enabled(False)
+    keep_freed_memory()
     status = ops.status(torch.device(options.device).type)
     print(f"{machine(options.device)}; torch {torch.__version__}; {torch.get_num_threads()} threads; {options.dtype}")
     print(f"{status.path}: {status.reason}\n")
-    rows = [measure(size, options) for size in SIZES]
+    with torch.no_grad():
+        rows = [measure(size, options) for size in SIZES]
     show(rows)
+    norms = [measure_norm(size, last, options) for size in NORMS for last in (True, False)]
+    show_norms(norms)
     facts = {"machine": machine(options.device), "device": options.device, "dtype": options.dtype}
     facts |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "path": status.path}
-    print(json.dumps({"benchmark": "ops", **facts, "results": rows}))
+    facts["clock"] = "cpu" if options.cpu_time else "wall"
+    print(json.dumps({"benchmark": "ops", **facts, "results": rows, "norms": norms}))
 
 
 def parse() -> argparse.Namespace:
@@ -65,6 +81,7 @@ def parse() -> argparse.Namespace:
         "--dtype", default="float32", choices=[str(dtype).removeprefix("torch.") for dtype in ops.DTYPES]
     )
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--cpu-time", action="store_true")
     return parser.parse_args()
 
 
@@ -82,7 +99,7 @@ def measure(size: tuple[int, int, int, int], options: argparse.Namespace) -> dic
     dtype = getattr(torch, options.dtype)
     x, grad = torch.randn(2, *size, device=options.device).to(dtype)
     output = torch.randn(size[0], 2 * size[1], *size[2:], device=options.device).to(dtype)
-    median = medians(rivals(x, output, grad), options.repeats, options.device)
+    median = medians(rivals(x, output, grad), options)
     gigabytes = 4 * x.numel() * x.element_size() / 1e9
     rates = {"step_gbs": gigabytes / median["step"], "copy_gbs": gigabytes / median["copy"]}
     times = {f"{name}_us": value * 1e6 for name, value in median.items()}
@@ -134,25 +151,60 @@ def guided_diffusion(x: Tensor, output: Tensor, grad: Tensor) -> Calls:
     return {"guided_diffusion": lambda: diffusion.ddim_sample(lambda x, t: output, x, t, **options)}
 
 
-def medians(calls: Calls, repeats: int, device: str) -> dict[str, float]:
+def measure_norm(size: tuple[int, int, int, int], last: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """Time a norm with scale and shift of one size and layout beside its rivals; GB/s count two passes."""
+    dtype, layout = getattr(torch, options.dtype), torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(size, device=options.device).to(dtype, memory_format=layout)
+    median = medians(norm_rivals(x, GROUPS[size[1]]), options)
+    gigabytes = 2 * x.numel() * x.element_size() / 1e9
+    rates = {"norm_gbs": gigabytes / median["norm"], "copy_gbs": gigabytes / median["copy"]}
+    times = {f"{name}_us": value * 1e6 for name, value in median.items()}
+    facts = {"size": list(size), "layout": "channels_last" if last else "contiguous"}
+    return {**facts, "of_copy": median["copy"] / median["norm"], **rates, **times}
+
+
+def norm_rivals(x: Tensor, groups: int) -> Calls:
+    """Set up the norm, a copy, the same as three calls of torch, and the gradients of both over x."""
+    weight, bias = torch.randn(2, x.shape[1], device=x.device)
+    scale, shift = torch.randn(x.shape[0], 2 * x.shape[1], device=x.device).chunk(2, 1)
+    seen, target, descent = x.clone().requires_grad_(), torch.empty_like(x), torch.randn_like(x)
+
+    def norm(x: Tensor) -> Tensor:
+        return ops.group_norm_silu(x, weight, bias, groups, 1e-5, scale, shift)
+
+    def plain(x: Tensor) -> Tensor:
+        z = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), 1e-5)
+        return F.silu(z * (1 + scale[:, :, None, None].to(x.dtype)) + shift[:, :, None, None].to(x.dtype))
+
+    return {
+        "norm": lambda: norm(x),
+        "copy": lambda: target.copy_(x),
+        "torch": lambda: plain(x),
+        "norm_gradient": lambda: torch.autograd.grad(norm(seen), seen, descent),
+        "torch_gradient": lambda: torch.autograd.grad(plain(seen), seen, descent),
+    }
+
+
+def medians(calls: Calls, options: argparse.Namespace) -> dict[str, float]:
     """Time the calls in turn, in blocks of about two milliseconds, and return the median seconds a call."""
-    counts = {name: max(1, round(2e-3 / seconds(call, 20, device))) for name, call in calls.items()}
+    counts = {name: max(1, round(2e-3 / seconds(call, 20, options))) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         for name, call in calls.items():
-            times[name].append(seconds(call, counts[name], device))
+            times[name].append(seconds(call, counts[name], options))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def seconds(call: Callable[[], Any], count: int, device: str) -> float:
-    """Return the mean wall-clock seconds of a call, the device's work included."""
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+def seconds(call: Callable[[], Any], count: int, options: argparse.Namespace) -> float:
+    """Return the mean seconds of a call, the device's work included."""
+    synchronize = torch.cuda.synchronize if torch.device(options.device).type == "cuda" else lambda: None
+    clock = time.process_time if options.cpu_time else time.perf_counter
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(count):
         call()
     synchronize()
-    return (time.perf_counter() - start) / count
+    return (clock() - start) / count
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -171,6 +223,18 @@ def show(rows: list[dict[str, Any]]) -> None:
         for name in ("three_lines", "guided_diffusion"):
             known = f"{name}_us" in row
             cells += [f"{row[f'{name}_us']:.1f}", f"{row[f'{name}_us'] / row['step_us']:.1f}"] if known else ["-", "-"]
+        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+
+
+def show_norms(rows: list[dict[str, Any]]) -> None:
+    """Print the table of the norm."""
+    widths = [16, 15, *(max(len(column), 6) + 2 for column in NORM_COLUMNS[2:])]
+    print("\n" + "".join(f"{column:>{width}}" for column, width in zip(NORM_COLUMNS, widths, strict=True)))
+    for row in rows:
+        cells = ["x".join(map(str, row["size"])), row["layout"], f"{row['norm_us']:.1f}", f"{row['norm_gbs']:.1f}"]
+        cells += [f"{row['copy_gbs']:.1f}", f"{row['of_copy']:.0%}", f"{row['torch_us']:.1f}"]
+        cells += [f"{row['torch_us'] / row['norm_us']:.1f}", f"{row['norm_gradient_us']:.1f}"]
+        cells += [f"{row['torch_gradient_us'] / row['norm_gradient_us']:.1f}"]
         print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
 
 

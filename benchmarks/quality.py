@@ -111,8 +111,8 @@ class Bench:
         self.half, self.seed, self.unbalanced, self.window = half, options.seed, options.unbalanced, options.window
         self.records: list[dict[str, Any]] = []  # of all translations
 
-    def edit(self, rows: slice, name: str, targets: Tensor) -> Tensor:
-        """Translate some of the phantoms towards targets [N, ...] of a task, as a user's command would."""
+    def edit(self, rows: slice, name: str, wanted: str | Tensor) -> Tensor:
+        """Translate some of the phantoms towards what a task wants of all, or targets [N, ...], as a command would."""
         pair = Pair(self.stored["diffusion"], self.stored[name])
         settings = self.settings.at(level_of([pair]))
         if self.unbalanced:
@@ -120,10 +120,14 @@ class Bench:
             settings = replace(settings, scale=scale, strength=None)
         job = job_of([task(name)], [Wish(name, "", window=self.window)], [pair], settings, self.device)
         job = replace(job, onlookers=())
-        edits = [
-            Edit(image, (target,), None, (None,)) for image, target in zip(self.images[rows], targets, strict=True)
-        ]
-        done = [one for one in run(job, edits) if one]
+        images, card = self.images[rows], pair.guide.card
+        targets = (
+            [task(name).target(wanted, image, card.spec, card.config) for image in images]
+            if isinstance(wanted, str)
+            else wanted
+        )
+        edits = [Edit(image, (target,), None, (None,)) for image, target in zip(images, targets, strict=True)]
+        done = [one for one in run(job, [edits]) if one]
         self.records += [one.record for one in done]
         return torch.stack([one.result.pixels for one in done]).to(self.device) * 2 - 1
 
@@ -141,7 +145,7 @@ class Bench:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """Return the settings of a translation: the usual ones, but for what the command line says."""
-    names = ("noise_level", "steps", "strength", "clamp", "control", "batch_size", "auto_region")
+    names = ("noise_level", "steps", "solver", "strength", "clamp", "control", "batch_size", "auto_region")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return replace(Settings(), **given)
 
@@ -168,11 +172,9 @@ def measure(bench: Bench) -> dict[str, float]:
             (bench.size(diseased, bench.x[diseased]) - true_size(bench, diseased)).abs().mean()
         ),
     }
-    config = bench.stored["regress"].card.config
     wanted, reached, changes = [], [], []
     for value in TARGETS:
-        target = torch.full((len(bench.x),), (value - config["mean"]) / config["std"])
-        y = bench.edit(everything, "regress", target)
+        y = bench.edit(everything, "regress", f"{value}")
         size = bench.size(everything, y)
         figures[f"regress to {value:g}: judged size (median)"] = float(size.median())
         wanted.append(torch.full_like(size, value))
@@ -194,8 +196,7 @@ def measure(bench: Bench) -> dict[str, float]:
     figures["segment: median Dice of judged tumour and mask"] = float(dice(judged(bench.judge, y), target).median())
     figures["segment: change outside"] = bench.change(healthy, y, target)
 
-    classes = bench.stored["classify"].card.config["classes"]
-    y = bench.edit(diseased, "classify", torch.full((len(bench.x) - bench.half,), classes.index("healthy")))
+    y = bench.edit(diseased, "classify", "healthy")
     left = judged(bench.judge, y).sum((1, 2, 3)) / own.sum((1, 2, 3)).clamp(min=1)
     figures["classify to healthy: median cut of the tumour's area"] = float(1 - left.median())
     figures["classify to healthy: share the judge calls healthy"] = float(
@@ -243,8 +244,8 @@ def verdict(name: str, value: float) -> str:
     return f"{wanted}  {'met' if met else 'MISSED'}"
 
 
-def main() -> None:
-    """Measure and print."""
+def options_of(words: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=64, help="phantoms, half of them healthy")
     parser.add_argument("--seed", type=int, default=HELD_OUT, help="of the phantoms; the models' is 1")
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--judge-steps", type=int, default=1200)
     parser.add_argument("--noise-level", type=int)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--solver", choices=("ab2", "dpm2m", "ddim"))
     parser.add_argument("--strength", type=float, help="fixed; default: the closed loop")
     parser.add_argument("--unbalanced", action="store_true", help="one scale for every image and step, as in the paper")
     parser.add_argument("--window", type=two_levels, help="noise levels LOW:HIGH that guide")
@@ -261,7 +263,12 @@ def main() -> None:
     parser.add_argument("--control", action=argparse.BooleanOptionalAction, help="add only what guidance changed")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = options_of()
     began = time.perf_counter()
     with TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))

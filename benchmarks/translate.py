@@ -32,12 +32,12 @@ def measure(task: str, batch: int, folder: Path, options: argparse.Namespace) ->
     images = [folder / f"{i}.nii" for i in range(batch)]
     target = str(folder / TARGETS[task]) if task == "segment" else TARGETS[task]
     seconds = []
-    for _ in range(options.repeats + 1):
+    for repeat in range(options.repeats + 1):
         began = time.perf_counter()
         translate(
             images,
             Wish(task, target),
-            out=folder / "out",
+            out=folder / f"{task}_{batch}_{repeat}",  # what is there already would not be done again
             models=options.models,
             settings=settings,
             device=options.device,

@@ -9,11 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define KNIFE_FN __host__ __device__ inline
-#else
-#define KNIFE_FN inline
-#endif
+#include "host_device.h"
 
 namespace knife {
 

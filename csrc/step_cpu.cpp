@@ -1,5 +1,5 @@
 // knife::ddim_step on the CPU: one pass over x, eps and grad, in parallel over the pixels of all images.
-#include "arguments.h"
+#include "step_arguments.h"
 
 namespace knife {
 namespace {
@@ -17,9 +17,9 @@ inline void run(const Step<T>& step, S* __restrict out, const S* x, const S* eps
 template <bool guided, bool clamped, typename S, typename T>
 void compute(const Call& call, int64_t begin, int64_t end) {
   const Layout& layout = call.layout;
-  S* const out = call.output<S>();
-  const S *const x = call.input<S>(call.x), *const eps = call.input<S>(call.eps);
-  const S* const grad = guided ? call.input<S>(*call.grad) : x;  // unguided, it is not read
+  S* const out = output<S>(call.out);
+  const S *const x = input<S>(call.x), *const eps = input<S>(call.eps);
+  const S* const grad = guided ? input<S>(*call.grad) : x;  // unguided, it is not read
   while (begin < end) {
     const int64_t image = begin / layout.image_pixels(), first = image * layout.image_pixels();
     const int64_t stop = std::min(end, first + layout.image_pixels());

@@ -1,8 +1,7 @@
 // knife::ddim_step on CUDA: one pass over x, eps and grad, up to 16 bytes of each per thread and turn.
 // Nothing waits for the host, so a step can be captured in a CUDA graph.
-#include <cuda_runtime.h>
-
-#include "arguments.h"
+#include "cuda_tools.h"
+#include "step_arguments.h"
 
 namespace knife {
 namespace {
@@ -10,12 +9,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 8;  // 2048 threads, all that a multiprocessor holds; more images or pixels take turns
 constexpr int kMaxGridY = 65535;
-
-// Neighbouring pixels that are read and written at once.
-template <typename S, int width>
-struct alignas(sizeof(S) * width) Pack {
-  S pixel[width];
-};
 
 // Block y takes images y, y + gridDim.y, ...; within one image the threads of all blocks x take packs in turn.
 template <bool guided, bool clamped, int width, typename S, typename T>
@@ -37,27 +30,13 @@ __global__ void __launch_bounds__(kThreads)
       Packed result;
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        const T next = take<guided, clamped, T>(step, static_cast<T>(xs.pixel[k]), static_cast<T>(es.pixel[k]),
-                                                static_cast<T>(gs.pixel[k]));
-        result.pixel[k] = static_cast<S>(next);
+        const T next = take<guided, clamped, T>(step, static_cast<T>(xs.value[k]), static_cast<T>(es.value[k]),
+                                                static_cast<T>(gs.value[k]));
+        result.value[k] = static_cast<S>(next);
       }
       *reinterpret_cast<Packed*>(out + at) = result;
     }
   }
-}
-
-void expect_success(cudaError_t error) { expect(error == cudaSuccess, "CUDA says: ", cudaGetErrorString(error), "."); }
-
-int processors(int device) {
-  int count = 0;
-  expect_success(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
-cudaStream_t current_stream(int device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 template <bool guided, bool clamped, int width, typename S, typename T>
@@ -69,7 +48,7 @@ void launch(const Call& call) {
   const int64_t x = std::min(blocks, std::max<int64_t>(1, processors(device) * kBlocksPerProcessor / y));
   const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
   step_kernel<guided, clamped, width, S, T><<<grid, kThreads, 0, current_stream(device)>>>(
-      call.output<S>(), call.input<S>(call.x), call.input<S>(call.eps), call.grad ? call.input<S>(*call.grad) : nullptr, layout,
+      output<S>(call.out), input<S>(call.x), input<S>(call.eps), call.grad ? input<S>(*call.grad) : nullptr, layout,
       call.settings);
   expect_success(cudaGetLastError());
 }
@@ -81,8 +60,8 @@ bool packs_fit(const Call& call) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   const Layout& layout = call.layout;
   return layout.columns % width == 0 && layout.eps_row_stride % width == 0 && layout.eps_image_stride % width == 0 &&
-         aligned(call.output<S>()) && aligned(call.input<S>(call.x)) && aligned(call.input<S>(call.eps)) &&
-         (!call.grad || aligned(call.input<S>(*call.grad)));
+         aligned(output<S>(call.out)) && aligned(input<S>(call.x)) && aligned(input<S>(call.eps)) &&
+         (!call.grad || aligned(input<S>(*call.grad)));
 }
 
 Tensor ddim_step(Tensor x, Tensor eps, std::optional<Tensor> grad, Tensor alpha_bar, Tensor alpha_bar_next, Tensor scale,

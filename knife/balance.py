@@ -78,8 +78,8 @@ def binned(labels: Sequence[Tensor]) -> list[float]:
 
 
 def value_of(label: Tensor) -> float:
-    """Return a label as a number: of a mask, 1 if it is not empty."""
-    return float(label.any()) if label.ndim else float(label)
+    """Return a label as a number: of maps, 1 if the first, a mask, is not empty."""
+    return float(label[:1].any()) if label.ndim else float(label)
 
 
 def ranked(values: Sequence[float]) -> list[int]:

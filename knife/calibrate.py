@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from knife import data, layouts, panel
 from knife.checkpoint import STARTER, Card, Stored, describe, digest, load, read_about, read_tensors, save, write_safely
-from knife.ddim import decode, encode
-from knife.devices import enough_memory, resolve_device
+from knife.ddim import SOLVERS, decode, encode
+from knife.devices import enough_memory, keep_freed_memory, resolve_device
 from knife.errors import InputError, KnifeError, ModelError, SamplingError, SettingsError, TaskError
 from knife.files import room
 from knife.finite import fill_of
 from knife.schedule import Schedule, noise, path, timestep
-from knife.settings import DEFAULTS, LEVEL, STEPS
+from knife.settings import DEFAULTS, LEVEL, SPREAD, STANDARD
 from knife.tasks import Task, task
 
 SPLITS = ("val", "test", "train")  # whose images are measured on: the first that has enough of them
@@ -38,7 +38,7 @@ ENOUGH = 8  # images
 LEVELS = 20  # steps from level 0 to T at which a guide is asked
 ROUND_TRIPS = 8  # images that are encoded and decoded
 ENCODED_TO = (0.2, 0.3, 0.4, 0.475, 0.5, 0.6, 0.75)  # of T
-WALKED_IN = (10, 20, 50, 100)  # steps
+WALKED_IN = (5, 10, 20, 50)  # steps
 NO_SKILL = 0.1  # a guide of less skill on clean images knows nothing of them
 HIDDEN = 0.8  # of the skill on clean images is left at the level that is chosen
 LOST = 0.5  # of it is left where a guide's window ends
@@ -182,6 +182,7 @@ def calibrate(
     if count < 2:
         raise SettingsError(f"--count {count}: give 2 or more; images are told from one another.")
     stored, where = stored_in(models, dataset), resolve_device(device)[0]
+    keep_freed_memory()
     split, entries = set_apart(opened(folder, stored, layout, slices), count)
     subjects, left_out = subjects_of(stored, entries)
     total, done = sum(calls(one) for one in subjects), counter(1)
@@ -254,9 +255,9 @@ def round_trip(card: Card, net: nn.Module, x: Tensor, tick: Tick) -> RoundTrip:
 
     @cache  # the default level in the default steps belongs to both
     def missed(walk: Walk) -> float:
-        levels = path(*walk)
-        noisy = encode(net, x, card.schedule, levels, track=lambda level, x: tick())
-        y = decode(net, noisy, card.schedule, levels, track=lambda level, x: tick())
+        levels, solver, count = path(*walk, SPREAD), SOLVERS[STANDARD.solver], lambda level, x: tick()
+        noisy, last = encode(net, x, card.schedule, levels, count, solver)
+        y = decode(net, noisy, card.schedule, levels, track=count, solver=solver, before=last)
         if not bool(y.isfinite().all()):
             raise SamplingError(
                 f"diffusion: encoding to level {walk[0]} and decoding blows images up; train it further."
@@ -270,7 +271,7 @@ def round_trip(card: Card, net: nn.Module, x: Tensor, tick: Tick) -> RoundTrip:
 def walks_by_level(schedule: Schedule) -> list[Walk]:
     """Return walks to several noise levels, in the default steps or as many as there are levels."""
     levels = sorted({max(1, round(share * schedule.T)) for share in ENCODED_TO})
-    return [(level, min(STEPS, level)) for level in levels]
+    return [(level, min(STANDARD.steps, level)) for level in levels]
 
 
 def walks_by_steps(schedule: Schedule) -> list[Walk]:
@@ -466,7 +467,7 @@ def drawn(dataset: str, sights: Mapping[str, Sight], choices: Mapping[str, Choic
         of_steps = panel.Line("", [(steps, 100 * error) for (_, steps), error in trip.by_steps.items()])
         level, _ = next(iter(trip.by_steps))
         charts.append(
-            panel.chart([of_level], "noise level", f"error of the round trip in {STEPS} steps, % of the range")
+            panel.chart([of_level], "noise level", f"error of the round trip in {STANDARD.steps} steps, % of the range")
         )
         charts.append(panel.chart([of_steps], "steps", f"error of the round trip to level {level}, % of the range"))
     return panel.png(panel.beside(charts), synthetic=False)

@@ -8,6 +8,9 @@ Encode and decode are the same step along the same levels in opposite directions
 
 Algorithm 1 (regression) and Algorithm 2 (segmentation) differ in the score alone, so the score is an argument. Several
 may pull at once, each with a scale of its own: their pulls add up.
+
+In y = x / sqrt(ab) and sigma = sqrt((1 - ab) / ab) the step is Euler's: y' = y + (sigma' - sigma) e. A solver of second
+order takes the same step with another e, made from what the network says here and what it said one step before.
 """
 
 import math
@@ -29,6 +32,67 @@ Hold = Callable[[int, Tensor], Tensor]  # (level, x at that level) -> what the w
 FLAT = 1e-30  # a score that slopes less asks for nothing
 
 
+class Point(NamedTuple):
+    """Where a walk asked its network: images x [N, C, H, W] of an alpha_bar, and the eps that it told."""
+
+    x: Tensor
+    eps: Tensor
+    alpha_bar: float
+
+    @property
+    def sigma(self) -> float:
+        """Return how noisy the images are: noise over signal."""
+        return sigma_of(self.alpha_bar)
+
+    @property
+    def x0(self) -> Tensor:
+        """Return the predicted clean images."""
+        return (self.x - math.sqrt(1 - self.alpha_bar) * self.eps) / math.sqrt(self.alpha_bar)
+
+    def part(self, rows: Tensor) -> "Point":
+        """Return the point of some of the images, each as often as `rows` names it."""
+        return Point(self.x[rows], self.eps[rows], self.alpha_bar)
+
+
+def sigma_of(alpha_bar: float) -> float:
+    """Return the ratio of noise to signal."""
+    return math.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+Solver = Callable[[Point, Point | None, float], Tensor]  # (here, one step before, the next sigma) -> e of the step
+
+
+def ddim(here: Point, before: Point | None, sigma: float) -> Tensor:
+    """Return eps as the network told it: the first order of the paper."""
+    return here.eps
+
+
+def ab2(here: Point, before: Point | None, sigma: float) -> Tensor:
+    """Return eps on the line in sigma through the last two points, half a step on (Adams-Bashforth of second order).
+
+    Where encoding has turned into decoding, the point before is the one that the step leads back to, and this is the
+    mean of the two: the trapezoid rule.
+    """
+    if before is None:
+        return here.eps
+    share = (sigma - here.sigma) / (2 * (here.sigma - before.sigma))
+    return torch.lerp(before.eps, here.eps, 1 + share)
+
+
+def dpm2m(here: Point, before: Point | None, sigma: float) -> Tensor:
+    """Return the eps whose x0 is on the line in log sigma through the last two points: DPM-Solver++(2M).
+
+    Source: Lu et al., arXiv 2211.01095, algorithm 2.
+    """
+    if before is None or not (here.sigma and before.sigma and sigma):  # there is no line through log 0
+        return here.eps
+    share = math.log(here.sigma / sigma) / (2 * math.log(before.sigma / here.sigma))
+    return here.eps - share / here.sigma * (here.x0 - before.x0)
+
+
+SOLVERS: Mapping[str, Solver] = {"ddim": ddim, "ab2": ab2, "dpm2m": dpm2m}
+
+
 class Guidance(NamedTuple):
     """What pulls at images while they are decoded.
 
@@ -47,7 +111,14 @@ class Guidance(NamedTuple):
         return bool(self.scale) and self.low < level <= self.high
 
 
-def encode(net: Network, x: Tensor, schedule: Schedule, levels: Sequence[int], track: Track | None = None) -> Tensor:
+def encode(
+    net: Network,
+    x: Tensor,
+    schedule: Schedule,
+    levels: Sequence[int],
+    track: Track | None = None,
+    solver: Solver = ddim,
+) -> tuple[Tensor, Point]:
     """Encode images deterministically to noise level levels[-1] (eq. 4; first loop of Algorithms 1 and 2).
 
     Nothing is clamped here: a clamp cannot be undone.
@@ -58,11 +129,12 @@ def encode(net: Network, x: Tensor, schedule: Schedule, levels: Sequence[int], t
         schedule: the levels the model was trained on.
         levels: rising levels from 0, as `schedule.path` gives them.
         track: called after every step.
+        solver: what makes a step's eps of what the network tells.
 
     Returns:
-        The noisy images x_L, [N, C, H, W].
+        The noisy images x_L, [N, C, H, W], and the point one step before, for `decode` to go on from.
     """
-    return walk(net, x, schedule, levels, track=track)
+    return walk(net, x, schedule, levels, track=track, solver=solver)
 
 
 def decode(
@@ -74,6 +146,8 @@ def decode(
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
     hold: Hold | None = None,
+    solver: Solver = ddim,
+    before: Point | None = None,
 ) -> Tensor:
     """Decode noisy images back to level 0 while the gradients of scores pull (eq. 3; Algorithms 1 and 2).
 
@@ -86,11 +160,13 @@ def decode(
         clamp: limits of the predicted clean image x0; None leaves it free, which keeps the round trip exact.
         track: called after every step.
         hold: what becomes of x after every step, such as `keep_outside`.
+        solver: what makes a step's eps of what the network tells; guidance, which is rough, stays of first order.
+        before: the last point of encoding.
 
     Returns:
         The translated images, [N, C, H, W].
     """
-    return walk(net, x, schedule, levels[::-1], guidance, clamp, track, hold)
+    return walk(net, x, schedule, levels[::-1], guidance, clamp, track, hold, solver, before)[0]
 
 
 def decode_with_control(
@@ -102,6 +178,8 @@ def decode_with_control(
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
     hold: Hold | None = None,
+    solver: Solver = ddim,
+    before: Point | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode noisy images guided and, as a control, unguided, in one batch; arguments as of `decode`.
 
@@ -109,10 +187,11 @@ def decode_with_control(
     `track` and `hold` see the guided ones first, then the controls, [2N, C, H, W].
     """
     if not any(one.pulls(level) for one in guidance for level in levels):
-        alone = decode(net, x, schedule, levels, (), clamp, track, hold)
+        alone = decode(net, x, schedule, levels, (), clamp, track, hold, solver, before)
         return alone, alone
     count = len(x)
-    both = walk(net, torch.cat([x, x]), schedule, levels[::-1], guidance, clamp, track, hold, count)
+    before = before and before.part(torch.arange(count).repeat(2))
+    both, _ = walk(net, torch.cat([x, x]), schedule, levels[::-1], guidance, clamp, track, hold, solver, before, count)
     return both[:count], both[count:]
 
 
@@ -126,24 +205,32 @@ def walk(
     clamp: tuple[float, float] | None = None,
     track: Track | None = None,
     hold: Hold | None = None,
+    solver: Solver = ddim,
+    before: Point | None = None,
     guided: int | None = None,
-) -> Tensor:
-    """Take one step for each pair of neighbouring levels; only the first `guided` images are pulled at (None: all)."""
+) -> tuple[Tensor, Point]:
+    """Take one step for each pair of neighbouring levels; only the first `guided` images are pulled at (None: all).
+
+    Returns the images, and the point where the last step began.
+    """
     ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
-    alpha_bar = schedule.alpha_bar.to(x.device)
+    alpha_bar, known = schedule.alpha_bar.to(x.device), schedule.alpha_bar.tolist()
     for level, next_level in pairwise(levels):
         t = timestep(level * ones).long()
-        eps = net(x, t)[:, : x.shape[1]].to(x.dtype)
+        here = Point(x, net(x, t)[:, : x.shape[1]].to(x.dtype), known[level])
+        eps = solver(here, before, sigma_of(known[next_level]))
         pulling = [one for one in guidance if one.pulls(level)]
         g, s = pull(pulling, x[:guided], t[:guided], alpha_bar[level]) if pulling else (None, ones)
         if g is not None and len(g) < len(x):
             g, s = torch.cat([g, torch.zeros_like(x[len(g) :])]), torch.cat([s, ones[len(s) :]])
         x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, s, clamp)  # eq. 3, 4
+        before = here
         if hold:
             x = hold(next_level, x)
         if track:
             track(next_level, x)
-    return x
+    assert before is not None
+    return x, before
 
 
 def pull(guidance: Sequence[Guidance], x: Tensor, t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:

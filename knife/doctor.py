@@ -12,7 +12,7 @@ import torch
 
 from knife import __version__, ops
 from knife.checkpoint import STARTER, Stored, describe, digest, read_tensors, stored_models
-from knife.devices import resolve_device
+from knife.devices import keep_freed_memory, resolve_device
 from knife.errors import KnifeError, ModelError
 from knife.image import Image, Nifti, Picture, read
 from knife.tasks import Plugin, plugins
@@ -31,6 +31,7 @@ def examine() -> dict[str, Any]:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "device": f"{device}: {why}",
         **{name: fact for name, (fact, _) in checks.items()},
+        "memory": or_why_not(keep_freed_memory),
         "compiler": or_why_not(lambda: " ".join(ops.compiler("cpu"))),
         "nvcc": or_why_not(lambda: " ".join(ops.compiler("cuda"))),
         "plugins": "; ".join(map(plugin_fact, rows)) or "none",

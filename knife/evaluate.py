@@ -36,8 +36,8 @@ from knife import data, panel, tasks
 from knife.bootstrap import RESAMPLES, Figure, Statistic, figure, mean, median, rounded, slope, spearman
 from knife.calibrate import form_of, opened
 from knife.data import Case, Form
-from knife.devices import resolve_device
-from knife.errors import InputError, KnifeError, SettingsError, TargetError
+from knife.devices import keep_freed_memory, resolve_device
+from knife.errors import InputError, KnifeError, SettingsError, TargetError, TaskError
 from knife.files import room, write_safely
 from knife.image import Image
 from knife.layouts import SPLIT_NAMES, Entry, Folder
@@ -162,6 +162,7 @@ def evaluate(
     check_options(targets, split, count, out)
     wishes = [Wish(task, target) for target in dict.fromkeys(targets)]
     pair, (where, why) = choose(task, [], models, dataset), resolve_device(device)
+    keep_freed_memory()
     settings = settings.at(level_of([pair]))
     check(settings, wishes, [pair])
     source = opened(folder, [pair.guide, pair.diffusion], layout, slices)
@@ -306,7 +307,7 @@ def translated(job: Job, asks: Sequence[Ask], failed: list[Row]) -> Iterator[tup
     """
     errors = list[KnifeError]()
     reasons = iter(errors)  # heard in the order of the images that fail
-    results = run(job, [ask.edit for ask in asks], lambda file, error: errors.append(error))
+    results = run(job, [[ask.edit for ask in asks]], lambda file, error: errors.append(error))
     for ask, one in zip(asks, results, strict=True):
         if one is None:
             failed.append(miss(ask.sample, ask.target, next(reasons)))
@@ -392,15 +393,16 @@ def own_error(reader: Reader, case: Case, device: str) -> float | None:
     """Return how far a network is from an image's own label; None if the data do not tell it."""
     try:
         label = reader.task.label(case, reader.stored.card.config)
-    except InputError:
+        [error] = reader.error(case.pixels[None].to(device), label[None].to(device))
+    except (InputError, TaskError):  # there is no label, or a judge from elsewhere fails on the image
         return None
-    [error] = reader.error(case.pixels[None].to(device), label[None].to(device))
     return error if math.isfinite(error) else None
 
 
 def rising(who: str, rows: Sequence[Row]) -> bool | None:
     """Tell whether the numbers of an image's results rise with those wanted; None of fewer than two."""
-    points = sorted((row["wanted"], row[f"{who}_after"]) for row in rows if row["wanted"] is not None)
+    told = [row for row in rows if row["wanted"] is not None and f"{who}_after" in row]
+    points = sorted((row["wanted"], row[f"{who}_after"]) for row in told)
     return all(a[1] < b[1] for a, b in pairwise(points)) if len(points) > 1 else None
 
 

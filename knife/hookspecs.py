@@ -1,4 +1,4 @@
-"""The hooks of a task: all that knife asks of a plugin.
+"""The hooks of a task, and of a judge: all that knife asks of a plugin.
 
 A task says how well a noised image fits its target, as one number per image. knife adds the noise, differentiates,
 scales and steps; a task never sees autograd, schedules, devices or file formats. `train` and `guide` are twins: one
@@ -24,6 +24,7 @@ hookimpl = pluggy.HookimplMarker("knife")
 
 REQUIRED = ("label", "build", "train", "target", "guide")
 OPTIONAL = ("configure", "evaluate", "error")
+JUDGE = ("judge", "origin")  # of a judge; the first is required
 
 
 @hookspec(firstresult=True)
@@ -80,3 +81,17 @@ def error(net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: 
     It is what closes the loop of a translation, and what calibration and evaluation count. Where a target has no end,
     as with "more", infinity. Optional.
     """
+
+
+@hookspec(firstresult=True)
+def judge(task: str, image_spec: "ImageSpec", config: Mapping[str, Any]) -> "nn.Module | None":
+    """Return a network that tells of clean images what the task's guide tells; None if it knows no such thing.
+
+    It is called as net(x [N, C, H, W], t [N]) with t = 0, and answers as the guide's network does, in its units:
+    `image_spec` says what x looks like, and `config` what the guide tells. Load what is heavy here, not at import.
+    """
+
+
+@hookspec(firstresult=True)
+def origin() -> str:
+    """Return what really judges, as records name it: a program or data set, and its version. Optional."""

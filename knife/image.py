@@ -54,7 +54,6 @@ class Source:
 
     limits: [C, 2] the values that a changed pixel may take. whole: [C, 1, 1] bool, channels stored as whole numbers.
     kind: one Picture, or one Nifti for each of `paths`. synthetic: the file says that knife made it.
-    part: what of it was asked for, as the names of results tell it: "slices80-128"; "" is all.
     """
 
     paths: tuple[Path, ...]
@@ -62,7 +61,6 @@ class Source:
     limits: Tensor
     whole: Tensor
     synthetic: bool
-    part: str = ""
 
     @property
     def filled(self) -> int:
@@ -182,15 +180,15 @@ def is_image(path: Path | str) -> bool:
     return bool(suffix_of(Path(path))) and not Path(path).name.startswith(".")
 
 
-def output_name(source: Source) -> tuple[str, str]:
-    """Return stem and suffix to name outputs by: ("x", ".nii.gz") for x.nii.gz.
+def output_name(paths: Sequence[Path]) -> tuple[str, str]:
+    """Return stem and suffix to name the output of an image's files by: ("x", ".nii.gz") for x.nii.gz.
 
     Several files have the suffix "" (a folder holds the output) and as stem their name without the sequence.
     """
-    first = source.paths[0]
+    first = paths[0]
     stem = first.name.removesuffix(suffix_of(first))
     told = sequence_of(first)
-    if len(source.paths) == 1 or told is None:
+    if len(paths) == 1 or told is None:
         return stem, suffix_of(first) or ".nii.gz"  # a folder of DICOM files becomes one of NIfTI
     bare = re.sub(rf"(^|[^A-Za-z0-9]){told.token}(?![A-Za-z0-9])", "", stem).strip(" ._-")
     return bare or first.absolute().parent.name or "image", ""

@@ -1,17 +1,78 @@
-"""What the words for inputs stand for: files, folders, cases of several files, volumes and DICOM series."""
+"""What the words for inputs stand for: files, folders, cases of several files, volumes and DICOM series.
+
+And which of them are this program's, where several programs share them: a shard.
+"""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from knife import dicom
-from knife.errors import InputError
+from knife.errors import InputError, SettingsError
 from knife.image import NIFTI, SEQUENCES, Image, is_image, read, sequence_of
 from knife.layouts import cases_of, sequences
 from knife.stacks import Span, Stack, open_stack
 from knife.volume import axial_count, open_volume
 
 Place = str | Path
+
+
+class Shard(NamedTuple):
+    """One of several parts of the inputs."""
+
+    number: int  # from 1 on
+    of: int
+    origin: str = "--shard"
+
+    def __str__(self) -> str:
+        """Return it as --shard spells it."""
+        return f"{self.number}/{self.of}"
+
+
+ALL = Shard(1, 1)
+
+
+def shard_of(text: str | None, inputs: int, environ: Mapping[str, str]) -> Shard:
+    """Return which part of the inputs a text, 2/8, stands for; None stands for all, auto for what the environment says.
+
+    A job array of SLURM says it, or torchrun. A single input cannot be divided: then the environment does not count, so
+    that an array of which each task names a file of its own does what it always did.
+
+    Raises:
+        SettingsError: if the text is no such part, or the environment tells none that there is.
+    """
+    if text is None:
+        return ALL
+    if text != "auto":
+        told = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        if told is None or not 1 <= int(told[1]) <= int(told[2]):
+            raise SettingsError(f"--shard {text}: give which of how many parts, from 1 on, such as 2/8.")
+        return Shard(int(told[1]), int(told[2]))
+    part = shard_around(environ) if inputs > 1 else ALL
+    if not 1 <= part.number <= part.of:
+        raise SettingsError(
+            f"--shard: the {part.origin} calls this {part}, and there is no such part; give it, as 2/8."
+        )
+    return part
+
+
+def shard_around(environ: Mapping[str, str]) -> Shard:
+    """Return which of several tasks or processes this is, as those who start them tell in the environment."""
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
+    task, first, step, tasks = (whole(environ.get(name)) for name in names)
+    rank, world = (whole(environ.get(name)) for name in ("RANK", "WORLD_SIZE"))
+    if task is not None and tasks:
+        return Shard((task - (first or 0)) // (step or 1) + 1, tasks, "SLURM job array")
+    if rank is not None and world:
+        return Shard(rank + 1, world, "torchrun")
+    return ALL
+
+
+def whole(text: str | None) -> int | None:
+    """Return the whole number that a variable of the environment holds, if it holds one."""
+    return int(text) if text and re.fullmatch(r"[0-9]{1,9}", text) else None
 
 
 def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], list[Path]]:
@@ -65,17 +126,17 @@ def is_volume_file(file: Path) -> bool:
         return False
 
 
-def opened(files: Sequence[Path], slices: Span | None, fill: float | None = None) -> Image | Stack:
+def opened(files: Sequence[Path], wanted: Span | None, fill: float | None = None) -> Image | Stack:
     """Read an image, or a volume, of which some slices will be translated; `fill` stands for what is not finite.
 
     Raises:
-        InputError: if it cannot be read, or `slices` are asked of an image that is none of a volume.
+        InputError: if it cannot be read, or `wanted` slices are asked of an image that is none of a volume.
     """
     if files[0].is_dir():
-        return open_stack(dicom.open_case(files, fill), slices)
+        return open_stack(dicom.open_case(files, fill), wanted)
     if is_volume_file(files[0]):
-        return open_stack(open_volume(files, fill), slices)
-    if slices is not None:
+        return open_stack(open_volume(files, fill), wanted)
+    if wanted is not None:
         raise InputError(f"--slices: {files[0]} is a single slice and no volume; leave the option out.")
     return read(files, fill)
 

@@ -1,9 +1,15 @@
-"""The fused op `knife::ddim_step`: one step between two noise levels in one pass over memory.
+"""The fused ops, each a formula in one or two passes over memory.
+
+`knife::ddim_step` is one step between two noise levels:
 
     e  = eps - scale sqrt(1 - ab) grad ;  x0 = (x - sqrt(1 - ab) e) / sqrt(ab) ;  x' = sqrt(ab') x0 + sqrt(1 - ab') e
 
-The schema and a body in plain torch are registered here, and that body is the specification. A compiled library
-(csrc/) that registers kernels for the same op replaces it when it is loaded; the dispatcher picks, so no caller asks
+`knife::group_norm_silu` is what stands before every convolution of a network, and has a derivative:
+
+    y = silu(group_norm(x) (1 + scale) + shift)
+
+Their schemas and bodies in plain torch are registered here, and those bodies are the specification. A compiled library
+(csrc/) that registers kernels for the same ops replaces them when it is loaded; the dispatcher picks, so no caller asks
 which one runs.
 
 `status` decides once per device, on first use: the library that was built at installation, else one that is compiled
@@ -31,15 +37,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from knife.errors import OpsError, SettingsError
 
-# --- The op: schema, reference, shape rule, no derivative ----------------------------------------------------------
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_OP = torch.library.Library("knife", "FRAGMENT")
-_OP.define(
+_OPS = torch.library.Library("knife", "FRAGMENT")
+
+# --- The step: schema, reference, shape rule; no derivative --------------------------------------------------------
+
+_OPS.define(
     "ddim_step(Tensor x, Tensor eps, Tensor? grad, Tensor alpha_bar, Tensor alpha_bar_next, Tensor scale,"
     " float low, float high) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -77,8 +85,10 @@ def ddim_step(
     """
     if not torch.compiler.is_compiling():
         status(x.device.type)
+    if needs_gradient(x, eps, grad):
+        raise RuntimeError("ddim_step: an argument requires a gradient, but a step has none: use torch.no_grad().")
     low, high = clamp or (-math.inf, math.inf)
-    stepped: Tensor = torch.ops.knife.ddim_step(x, eps, grad, alpha_bar, alpha_bar_next, scale, low, high)
+    stepped: Tensor = torch.ops.knife.ddim_step.default(x, eps, grad, alpha_bar, alpha_bar_next, scale, low, high)
     return stepped
 
 
@@ -93,8 +103,8 @@ def reference(
     high: float,
 ) -> Tensor:
     """Compute knife::ddim_step in plain torch: what csrc/step.h must equal, bit for bit in float32 and float64."""
-    _check(x, eps, grad, alpha_bar, alpha_bar_next, scale, low, high)
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    _refuse("ddim_step", _step_complaints(x, eps, grad, alpha_bar, alpha_bar_next, scale, low, high))
+    compute = _compute_dtype(x)
 
     def per_image(coefficient: Tensor) -> Tensor:
         return coefficient.to(compute).view(-1, *[1] * (x.ndim - 1))
@@ -113,29 +123,17 @@ def reference(
     return torch.empty_like(x).copy_(stepped)
 
 
-def _fake(x: Tensor, *others: Any) -> Tensor:
+def _fake_step(x: Tensor, *others: Any) -> Tensor:
     """Answer with an output that has no data, for meta tensors and compilers."""
-    _check(x, *others)
+    _refuse("ddim_step", _step_complaints(x, *others))
     return torch.empty_like(x)
 
 
-def _refuse_gradient(*_: Any, **__: Any) -> None:
-    raise RuntimeError(
-        "ddim_step: an argument requires a gradient, but a step has none: call it under torch.no_grad()."
-    )
+_OPS.impl("ddim_step", reference, "CompositeExplicitAutograd")
+torch.library.register_fake("knife::ddim_step", _fake_step, lib=_OPS)
 
 
-_OP.impl("ddim_step", reference, "CompositeExplicitAutograd")
-torch.library.register_fake("knife::ddim_step", _fake, lib=_OP)
-torch.library.register_autograd("knife::ddim_step", _refuse_gradient, setup_context=_refuse_gradient, lib=_OP)
-
-
-def _check(x: Tensor, *others: Any) -> None:
-    for complaint in _complaints(x, *others):
-        raise RuntimeError(f"ddim_step: {complaint}")
-
-
-def _complaints(
+def _step_complaints(
     x: Tensor,
     eps: Tensor,
     grad: Tensor | None,
@@ -145,25 +143,196 @@ def _complaints(
     low: float,
     high: float,
 ) -> Iterator[str]:
-    """Yield what does not fit together, in the words of csrc/arguments.h."""
-    if x.dtype not in DTYPES:
-        yield f"x is {_dtype(x)}: give float32, float64, bfloat16 or float16."
+    """Yield what does not fit together, in the words of csrc/step_arguments.h."""
+    yield from _dtype_complaints(x)
     if x.ndim == 0:
         yield "x is [], a single number: give images [N, ...]."
     for name, image in (("eps", eps), ("grad", x if grad is None else grad)):
-        if image.shape != x.shape:
-            yield f"{name} is {list(image.shape)}, but x is {list(x.shape)}: give both one shape."
-        if image.dtype != x.dtype:
-            yield f"{name} is {_dtype(image)}, but x is {_dtype(x)}: give both one dtype."
-        yield from _device_complaints(name, image, x)
+        yield from _image_complaints(name, image, x)
     for name, numbers in (("alpha_bar", alpha_bar), ("alpha_bar_next", alpha_bar_next), ("scale", scale)):
         if numbers.shape != x.shape[:1]:
             yield f"{name} is {list(numbers.shape)}, but x is {list(x.shape)}: give one number per image."
         if numbers.dtype != torch.float64:
-            yield f"{name} is {_dtype(numbers)}: give float64."
+            yield f"{name} is {_name(numbers.dtype)}: give float64."
         yield from _device_complaints(name, numbers, x)
     if not low <= high:
         yield f"low is {low:g} and high is {high:g}: give a low that does not exceed high."
+
+
+# --- The norm: schema, reference, shape rule, derivative -----------------------------------------------------------
+
+# They have no bodies in plain torch, as that is best differentiated by torch itself.
+_OPS.define(
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? scale, Tensor? shift)"
+    " -> (Tensor y, Tensor moments)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_OPS.define(
+    "group_norm_silu_backward(Tensor grad, Tensor x, Tensor moments, Tensor weight, Tensor bias, int groups,"
+    " Tensor? scale, Tensor? shift) -> (Tensor of_x, Tensor of_gain, Tensor of_offset)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Normalise features by groups of channels, scale and shift them, and apply SiLU; differentiable once.
+
+    Features in bfloat16 and float16 are computed in float32 and rounded once.
+
+    Args:
+        x: features [N, C, ...]: float32, float64, bfloat16 or float16; fastest if contiguous or channels_last.
+        weight: factor of each channel, [C].
+        bias: summand of each channel, [C].
+        groups: how many groups of neighbouring channels have a mean and a variance of their own.
+        eps: added to the variance.
+        scale: a further factor 1 + scale for each image and channel, [N, C].
+        shift: a further summand for each image and channel, [N, C].
+
+    Returns:
+        silu(group_norm(x) (1 + scale) + shift), with the shape and dtype of x; kernels keep its memory format too.
+
+    Raises:
+        RuntimeError: if the tensors do not fit together.
+        OpsError: if KNIFE_OPS=native and there is no compiled kernel for the device.
+    """
+    if weight.dtype != (compute := _compute_dtype(x)):
+        weight, bias = weight.to(compute), bias.to(compute)
+    if scale is not None and scale.dtype != compute:
+        scale = scale.to(compute)
+    if shift is not None and shift.dtype != compute:
+        shift = shift.to(compute)
+    if torch.compiler.is_compiling() or status(x.device.type).path == "torch":
+        return norm_reference(x, weight, bias, groups, eps, scale, shift)
+    if needs_gradient(x, weight, bias, scale, shift):
+        differentiable: Any = _Norm
+        return differentiable.apply(x, weight, bias, groups, eps, scale, shift)
+    return torch.ops.knife.group_norm_silu.default(x, weight, bias, groups, eps, scale, shift)[0]
+
+
+def norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """Compute knife::group_norm_silu in plain torch: what csrc/norm.h must equal up to rounding, gradients included."""
+    _refuse("group_norm_silu", _norm_complaints(x, weight, bias, groups, scale, shift))
+    z = F.group_norm(x.to(weight.dtype), groups, weight, bias, eps)
+    if scale is not None:
+        z = z * (1 + scale.view(*scale.shape, *[1] * (x.ndim - 2)))
+    if shift is not None:
+        z = z + shift.view(*shift.shape, *[1] * (x.ndim - 2))
+    return F.silu(z).to(x.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    """The op and its derivative; not registered with the op, where each call would cost as much as a small norm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *condition: Any) -> Tensor:
+        y, moments = torch.ops.knife.group_norm_silu.default(x, weight, bias, groups, eps, *condition)
+        ctx.save_for_backward(x, moments, weight, bias, *condition)
+        ctx.groups = groups
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With z = gain (x - mean) rstd + offset, gain = weight (1 + scale), offset = bias (1 + scale) + shift."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("group_norm_silu: it can be differentiated once only; leave out create_graph=True.")
+        x, moments, weight, bias, scale, shift = ctx.saved_tensors
+        of_x, of_gain, of_offset = torch.ops.knife.group_norm_silu_backward.default(
+            grad, x, moments, weight, bias, ctx.groups, scale, shift
+        )
+        _, weighted, biased, _, _, scaled, shifted = ctx.needs_input_grad
+        factor = 1 if scale is None else 1 + scale
+        return (
+            of_x,
+            (of_gain * factor).sum(0) if weighted else None,
+            (of_offset * factor).sum(0) if biased else None,
+            None,
+            None,
+            of_gain * weight + of_offset * bias if scaled else None,
+            of_offset if shifted else None,
+        )
+
+
+def _fake_norm(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    bias, groups, _, *condition = others
+    _refuse("group_norm_silu", _norm_complaints(x, weight, bias, groups, *condition))
+    return torch.empty_like(x), weight.new_empty(2, x.shape[0], groups)
+
+
+def _fake_norm_backward(
+    grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _refuse("group_norm_silu_backward", _norm_backward_complaints(grad, x, moments, weight, *others))
+    return torch.empty_like(x), weight.new_empty(x.shape[:2]), weight.new_empty(x.shape[:2])
+
+
+torch.library.register_fake("knife::group_norm_silu", _fake_norm, lib=_OPS)
+torch.library.register_fake("knife::group_norm_silu_backward", _fake_norm_backward, lib=_OPS)
+
+
+def _norm_backward_complaints(grad: Tensor, x: Tensor, moments: Tensor, *others: Any) -> Iterator[str]:
+    """Yield what does not fit together, in the words of csrc/norm_arguments.h."""
+    yield from _norm_complaints(x, *others)
+    yield from _image_complaints("grad", grad, x)
+    yield from _number_complaints("moments", moments, x, (2, x.shape[0], others[2]), "two numbers per image and group")
+
+
+def _norm_complaints(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None
+) -> Iterator[str]:
+    yield from _dtype_complaints(x)
+    if x.ndim < 2:
+        yield f"x is {list(x.shape)}: give features [N, C, ...]."
+    if groups < 1 or x.shape[1] % groups:
+        yield f"x is {list(x.shape)} and groups is {groups}: give groups that divide the channels."
+    for name, numbers in (("weight", weight), ("bias", bias)):
+        yield from _number_complaints(name, numbers, x, x.shape[1:2], "one number per channel")
+    for name, condition in (("scale", scale), ("shift", shift)):
+        if condition is not None:
+            yield from _number_complaints(name, condition, x, x.shape[:2], "one number per image and channel")
+
+
+# --- What both need ------------------------------------------------------------------------------------------------
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Tell whether autograd follows what is done with any of the tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _refuse(op: str, complaints: Iterator[str]) -> None:
+    for complaint in complaints:
+        raise RuntimeError(f"{op}: {complaint}")
+
+
+def _dtype_complaints(x: Tensor) -> Iterator[str]:
+    if x.dtype not in DTYPES:
+        yield f"x is {_name(x.dtype)}: give float32, float64, bfloat16 or float16."
+
+
+def _image_complaints(name: str, image: Tensor, x: Tensor) -> Iterator[str]:
+    if image.shape != x.shape:
+        yield f"{name} is {list(image.shape)}, but x is {list(x.shape)}: give both one shape."
+    if image.dtype != x.dtype:
+        yield f"{name} is {_name(image.dtype)}, but x is {_name(x.dtype)}: give both one dtype."
+    yield from _device_complaints(name, image, x)
+
+
+def _number_complaints(name: str, numbers: Tensor, x: Tensor, shape: tuple[int, ...], wanted: str) -> Iterator[str]:
+    if numbers.shape != shape:
+        yield f"{name} is {list(numbers.shape)}, but x is {list(x.shape)}: give {wanted}."
+    if numbers.dtype != _compute_dtype(x):
+        yield f"{name} is {_name(numbers.dtype)}, but x is {_name(x.dtype)}: give {_name(_compute_dtype(x))}."
+    yield from _device_complaints(name, numbers, x)
 
 
 def _device_complaints(name: str, tensor: Tensor, x: Tensor) -> Iterator[str]:
@@ -171,14 +340,19 @@ def _device_complaints(name: str, tensor: Tensor, x: Tensor) -> Iterator[str]:
         yield f"{name} is on {tensor.device}, but x is on {x.device}: move both to one device."
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that an op computes in: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # --- Which kernels run, and why ------------------------------------------------------------------------------------
 
 CHOICES = ("auto", "native", "torch")  # KNIFE_OPS
-SOURCES = {"cpu": "step_cpu.cpp", "cuda": "step_cuda.cu"}  # device: its kernel in csrc/
+SOURCES = {"cpu": ("step_cpu.cpp", "norm_cpu.cpp"), "cuda": ("step_cuda.cu", "norm_cuda.cu")}  # in csrc/, by device
 _DECIDING = threading.Lock()
 
 
@@ -224,21 +398,42 @@ def _decide(device: str) -> Status:
 
 
 def self_test(device: str = "cpu") -> float:
-    """Take one step of an 8x8 image by the op and in plain torch; return the largest difference.
+    """Ask each op for something small, and plain torch for the same; return the largest difference.
 
     Raises:
-        OpsError: if the op fails, or differs by more than rounding.
+        OpsError: if an op fails, or differs by more than rounding.
     """
-    images = torch.randn(3, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    numbers = torch.tensor([[0.5], [0.6], [2.0]], dtype=torch.float64)
+    return 0.0 if status(device).path == "torch" else _test_kernels(device)
+
+
+def _test_kernels(device: str) -> float:
     try:
-        arguments = (*images.to(device), *numbers.to(device), -1.0, 1.0)
-        difference = (torch.ops.knife.ddim_step(*arguments) - reference(*arguments)).abs().max().item()
+        differences = [(got - wanted).abs().max().item() for got, wanted in _samples(device)]
     except RuntimeError as problem:
         raise OpsError(f"the kernel for {device} fails its self-test: {problem}") from problem
+    difference = math.nan if any(map(math.isnan, differences)) else max(differences)
     if not difference <= 1e-5:
         raise OpsError(f"the kernel for {device} fails its self-test: it differs from plain torch by {difference:g}")
     return float(difference)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _samples(device: str) -> list[tuple[Tensor, Tensor]]:
+    """Return what kernels and their references make of the same: a step, a norm, and the gradients of a norm."""
+    images = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    numbers = torch.tensor([[0.5], [0.6], [2.0]], dtype=torch.float64).to(device)
+    step = (*images, *numbers, -1.0, 1.0)
+    weight, bias, scale, shift = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    inputs = [tensor.clone().requires_grad_() for tensor in (images[0], weight, bias, scale[None], shift[None])]
+    compute: tuple[Any, Any] = (_Norm.apply, norm_reference)
+    norms = [norm(*inputs[:3], 2, 1e-5, *inputs[3:]) for norm in compute]
+    gradients = [torch.autograd.grad(y, inputs, images[1]) for y in norms]
+    return [
+        (torch.ops.knife.ddim_step(*step), reference(*step)),
+        (norms[0].detach(), norms[1].detach()),
+        *zip(*gradients, strict=True),
+    ]
 
 
 def _load(device: str, library: Path) -> None:
@@ -248,18 +443,22 @@ def _load(device: str, library: Path) -> None:
         reason = problem.__cause__ or problem
         raise OpsError(f"{library} cannot be loaded ({reason}); remove it to have it built again") from problem
     try:
-        self_test(device)
+        _test_kernels(device)
     except OpsError:
-        _OP.impl("ddim_step", reference, device.upper())  # in place of the kernel that failed
+        _OPS.impl("ddim_step", reference, device.upper())  # in place of a kernel that may have failed
         raise
 
 
 # --- Building the library ------------------------------------------------------------------------------------------
 
 BUILD_SECONDS = 300  # longest compile, and longest wait for another process that compiles
-# The stable ABI of torch 2.10, so that every later torch can load the library. No fused multiply-add: the last bit must
-# be the reference's. No -march: a step is bound by memory, and machines of several kinds may share a cache.
+# The stable ABI of torch 2.10, so that every later torch can load the library. No fused multiply-add where the code
+# does not ask for one: the last bit of a step must be the reference's.
 _COMMON_FLAGS = ("-std=c++20", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+_VECTOR_FLAGS = {  # by what torch itself found this processor to have
+    "AVX2": ("-march=x86-64-v3",),
+    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+}
 _FLAGS = {
     "cpu": ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     "cuda": (
@@ -283,9 +482,27 @@ def source_folder() -> Path:
     raise OpsError(f"the sources of the kernels are missing: there is no csrc folder in {package} or beside it")
 
 
-def source_digest() -> str:
-    """Return a fingerprint of the kernels' sources and flags: a library that was built from others is not used."""
-    digest = hashlib.sha256(repr((_COMMON_FLAGS, _FLAGS)).encode())
+def flags(device: str) -> tuple[str, ...]:
+    """Return what a compiler is told besides folders: for the cpu, to use the vectors of this very processor."""
+    vectors = _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()) if device == "cpu" else ()
+    return (*_COMMON_FLAGS, *_FLAGS[device], *vectors)
+
+
+def sources(device: str) -> list[Path]:
+    """Return the files that are compiled into the library of a device.
+
+    Raises:
+        OpsError: if they are missing.
+    """
+    return [source_folder() / name for name in SOURCES[device]]
+
+
+def source_digest(device: str) -> str:
+    """Return a fingerprint of the kernels' sources and flags: a library that was built from others is not used.
+
+    Flags are as the processor is, so machines of several kinds may share a cache.
+    """
+    digest = hashlib.sha256(repr(flags(device)).encode())
     for path in sorted(source_folder().iterdir()):
         if path.suffix in (".h", ".cpp", ".cu"):
             digest.update(path.name.encode() + path.read_bytes())
@@ -294,7 +511,7 @@ def source_digest() -> str:
 
 def library_name(device: str) -> str:
     """Return the name of the extension module that setup.py builds: of other sources, of another name."""
-    return f"_ops_{device}_{source_digest()}"
+    return f"_ops_{device}_{source_digest(device)}"
 
 
 def compiler(device: str = "cpu") -> list[str]:
@@ -323,8 +540,8 @@ def build(device: str, library: Path) -> None:
         OpsError: if there is no compiler, or it fails or takes too long.
     """
     home = Path(torch.__file__).parent
-    command = [*compiler(device), *_COMMON_FLAGS, *_FLAGS[device], "-isystem", str(home / "include")]
-    command += [str(source_folder() / SOURCES[device]), f"-L{home / 'lib'}", "-ltorch_cpu"]
+    command = [*compiler(device), *flags(device), "-isystem", str(home / "include")]
+    command += [*map(str, sources(device)), f"-L{home / 'lib'}", "-ltorch_cpu"]
     if device == "cuda" and (home / "lib" / "libtorch_cuda.so").exists():  # not in torch for the CPU: compiled, not run
         command.append("-ltorch_cuda")
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as scratch:
@@ -366,7 +583,7 @@ def _installed_library(device: str) -> Path | None:
 def _cached_library(device: str) -> tuple[Path, str]:
     """Return the library of a device and where it came from, compiling it into the cache if there is none."""
     compiler(device)
-    facts = (source_digest(), torch.__version__, torch.version.cuda, sys.platform, platform.machine())
+    facts = (source_digest(device), torch.__version__, torch.version.cuda, sys.platform, platform.machine())
     library = _private_folder(hashlib.sha256(repr(facts).encode()).hexdigest()[:16]) / f"knife_{device}.so"
     if library.exists():
         return library, "built on an earlier use"

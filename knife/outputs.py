@@ -1,9 +1,14 @@
-"""What a translation leaves behind: the result, the difference map, the panel and the record, and their names."""
+"""What a translation leaves behind: the result, the difference map, the panel and the record, and their names.
 
+The record says what the results depend on, by a hash (`key`), and the hashes of their files. So a later call knows
+which are made already, and as they should be; these it reads back instead of making them again.
+"""
+
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +17,18 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from knife import panel
-from knife.errors import InputError, SettingsError
+from knife.checkpoint import digest
+from knife.errors import InputError, KnifeError, ModelError, SettingsError
 from knife.files import room, write_safely
-from knife.image import NIFTI, SUFFIXES, Image, Picture, Source, output_name, own_name, write
+from knife.image import NIFTI, SUFFIXES, Image, Nifti, Picture, output_name, own_name, read, suffix_of, write
 from knife.settings import Wish
+from knife.spec import ImageSpec
+from knife.volume import Volume
 
 Place = str | Path
 LONGEST_STEM = 120  # bytes of an input's name that the names of its results keep
+FREE = ("device", "ops", "torch")  # what a record says that results do not depend on, or by no more than rounding
+FREE_SETTINGS = ("batch_size",)
 
 
 class Files(NamedTuple):
@@ -41,6 +51,7 @@ class Translation:
     record: dict[str, Any]
     files: Files | None = None  # None: nothing was written
     region: Tensor | None = None  # where it was free to change, [1, H, W], 0 or 1; None: anywhere
+    kept: bool = False  # an earlier call made it
 
     @property
     def wanted(self) -> Tensor | None:
@@ -66,26 +77,106 @@ class Edit(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """One input that has results of its own: what is to be translated of it, and what becomes of that."""
+    """One input that has results of its own: what is to be translated of it, and what becomes of that.
+
+    Of each image of `todo` that does not fail, `keep` is given its number and what became of it; then `finish` is
+    called. Both return the translations that are ready by then.
+    """
 
     todo: list[Edit]
-    deliver: Callable[[Iterable[Translation | None]], list[Translation]]  # takes those of `todo`, in order; None failed
+    keep: Callable[[int, Translation], list[Translation]] = lambda i, one: [one]
+    finish: Callable[[], list[Translation]] = list
     done: int = 0  # images that an earlier call has translated
+    refused: tuple[tuple[Path, KnifeError], ...] = ()  # a file, and why it or a slice of it cannot be translated
+
+    @property
+    def images(self) -> int:
+        """Return how many images there are."""
+        return len(self.todo) + self.done
 
 
-def unit(edit: Edit, files: Files | None, dtype: str) -> Unit:
-    """Return the unit of one image; without files nothing is written."""
+def unit(edit: Edit, files: Files | None, about: Mapping[str, Any], spec: ImageSpec) -> Unit:
+    """Return the unit of one image, which may be done already; without files nothing is written."""
+    if files is None:
+        return Unit([edit])
+    key = key_of(edit.image, about, [edit])
+    if done := again(edit, files, key, spec):
+        return Unit([], finish=lambda: [done], done=1)
+    return Unit([edit], lambda i, one: [save(one, files, about["settings"]["dtype"], key)])
 
-    def deliver(fresh: Iterable[Translation | None]) -> list[Translation]:
-        return [save(one, files, dtype) if files else one for one in fresh if one]
 
-    return Unit([edit], deliver)
+# ----------------------------------------------------------------------------------------------- what is done already
+
+
+def key_of(source: Image | Volume, about: Mapping[str, Any], edits: Sequence[Edit]) -> str:
+    """Return a hash of all that results depend on: the input, what is asked of it, the settings and the models."""
+    settings = {name: value for name, value in about["settings"].items() if name not in FREE_SETTINGS}
+    told = {name: value for name, value in about.items() if name not in FREE} | {"settings": settings}
+    files = [path.name for path in source.source.paths]
+    hashed = hashlib.sha256(json.dumps([told, files, [edit.wanted for edit in edits]], sort_keys=True).encode())
+    kind = source.source.kind
+    for file in [kind] if isinstance(kind, Picture) else kind:
+        hashed.update(form_of(file))
+    asked = [tensor for edit in edits for tensor in (*edit.targets, edit.region, edit.outlined) if tensor is not None]
+    for tensor in (source.pixels, source.window, *asked):
+        hashed.update(tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def form_of(kind: Picture | Nifti) -> bytes:
+    """Return what a result takes over from a file beside its pixels."""
+    if isinstance(kind, Picture):
+        alpha = b"" if kind.alpha is None else kind.alpha.tobytes()
+        return alpha + f"{kind.mode} {sorted(kind.options.items())}".encode()
+    return bytes(kind.header.binaryblock) + f"{kind.shape} {kind.dtype}".encode()
+
+
+def again(edit: Edit, files: Files, key: str, spec: ImageSpec) -> Translation | None:
+    """Return the translation that an earlier call made of an image; None if it is not there, or not as it was."""
+    paths = members(files, edit.image.source.paths)
+    record = kept_record(files, key, [*paths, files.difference, files.panel])
+    if record is None:
+        return None
+    try:
+        return reread(edit, read(paths).pixels, record, files, spec)
+    except InputError:
+        return None
+
+
+def members(files: Files, paths: Sequence[Path]) -> list[Path]:
+    """Return the files of a result: one, or in a folder one for each file of the input."""
+    apart = len(paths) > 1 and not suffix_of(files.image)
+    return [files.image / own_name(own) for own in paths] if apart else [files.image]
+
+
+def kept_record(files: Files, key: str, written: Sequence[Path]) -> dict[str, Any] | None:
+    """Return the record that an earlier call left, if it is of this key, and all files are as they were written."""
+    try:
+        record: dict[str, Any] = json.loads(files.record.read_bytes())
+        return record if record["key"] == key and record["sha256"] == hashes(files, written) else None
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, ModelError):
+        return None
+
+
+def hashes(files: Files, written: Sequence[Path]) -> dict[str, str]:
+    """Return the SHA-256 of files, by their names within the folder of the results."""
+    return {file.relative_to(files.record.parent).as_posix(): digest(file) for file in written}
+
+
+def reread(edit: Edit, pixels: Tensor, record: dict[str, Any], files: Files, spec: ImageSpec) -> Translation:
+    """Return a translation from what was written of it; its change is what the model sees of it."""
+    result = edit.image.like(pixels)
+    before, after = (image.normalised(spec.size, spec.value_range) for image in (edit.image, result))
+    return Translation(edit.image, result, after - before, edit.targets, record, files, edit.region, kept=True)
+
+
+# -------------------------------------------------------------------------------------------------------- where it goes
 
 
 def destinations(
-    sources: Sequence[Source], wishes: Sequence[Wish], out: Path, region: str | None = None
+    inputs: Sequence[tuple[Path, ...]], wishes: Sequence[Wish], out: Path, region: str | None = None, part: str = ""
 ) -> list[Files]:
-    """Return where the results of each image or volume go, named by input, tasks, targets and the slices asked for.
+    """Return where the results of each image or volume go, named by input, tasks, targets and the part asked for.
 
     Names that would be the same are numbered.
 
@@ -97,20 +188,19 @@ def destinations(
         room(out)
     except OSError as error:
         raise SettingsError(f"-o {out}: {error.filename} is {error.strerror}; give another one.") from error
-    inputs: list[Place] = [
-        *(file for source in sources for file in source.paths),
+    given: list[Place] = [
+        *(file for paths in inputs for file in paths),
         *(wish.target for wish in wishes),
         *([region] if region else []),
     ]
-    taken = {identity(file) for file in inputs if os.path.exists(file)}
+    taken = {identity(file) for file in given if os.path.exists(file)}
     words = "_".join(f"{wish.task}_{target_word(wish.target)}" for wish in wishes)
     names, plans = set[str](), []
-    for source in sources:
-        stem, suffix = output_name(source)
-        name = unused("_".join(filter(None, (safe(stem), words, source.part))), names)
+    for paths in inputs:
+        stem, suffix = output_name(paths)
+        name = unused("_".join(filter(None, (safe(stem), words, part))), names)
         files = files_of(out, name, suffix)
-        within = [files.image / own_name(own) for own in source.paths] if not suffix else []
-        for file in (*files, *within):
+        for file in (*files, *members(files, paths)):
             if os.path.exists(file) and identity(file) in taken:
                 raise InputError(f"{file}: this is an input, and inputs are never overwritten; give another -o.")
         plans.append(files)
@@ -157,10 +247,13 @@ def unused(name: str, names: set[str]) -> str:
     return free
 
 
-def save(translation: Translation, files: Files, dtype: str = "same") -> Translation:
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def save(translation: Translation, files: Files, dtype: str = "same", key: str | None = None) -> Translation:
     """Write the result, the difference map, the panel and, last, the record; return the translation with its files.
 
-    dtype: what NIfTI files are stored as, see `knife.image.write`.
+    dtype: what NIfTI files are stored as, see `knife.image.write`. key: what the results depend on, see `key_of`.
 
     Raises:
         SettingsError: if the disk refuses.
@@ -175,7 +268,6 @@ def save(translation: Translation, files: Files, dtype: str = "same") -> Transla
         "difference_peak": peak,
     }
     translation = replace(translation, record={**translation.record, **about}, files=files)
-    text = json.dumps(translation.record, indent=1, allow_nan=False) + "\n"
     with refusing_disk(files.record.parent):
         write(result, files.image, dtype=dtype)
         if isinstance(source.source.kind, Picture):
@@ -183,8 +275,15 @@ def save(translation: Translation, files: Files, dtype: str = "same") -> Transla
         else:
             write(source.like(difference), files.difference)
         write_safely(files.panel, draw(translation))
-        write_safely(files.record, text.encode())
-    return translation
+        written = [*members(files, source.source.paths), files.difference, files.panel]
+        record = translation.record | ({"key": key, "sha256": hashes(files, written)} if key else {})
+        write_record(record, files)
+    return replace(translation, record=record)
+
+
+def write_record(record: Mapping[str, Any], files: Files) -> None:
+    """Write a record; once it is there, so are the files that it tells of."""
+    write_safely(files.record, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 @contextmanager

@@ -72,7 +72,8 @@ def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     told = {**record["settings"], "region": record["region"], "device": record["device"], "ops": record["ops"]}
     said = {name: "yes" if value is True else "no" if value is False else value for name, value in told.items()}
     named = [(name.replace("_", " "), value) for name, value in said.items() if value is not None]
-    return [*named, ("knife, torch", f"{record['knife']}, {record['torch']}")]
+    judges = [(f"judge of {judge['task']}", judge["origin"]) for judge in record.get("judges", [])]
+    return [*named, *judges, ("knife, torch", f"{record['knife']}, {record['torch']}")]
 
 
 def models(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -61,8 +61,10 @@ def noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     return ab.sqrt().to(x0.dtype) * x0 + (1 - ab).sqrt().to(x0.dtype) * eps  # eq. 1
 
 
-def path(noise_level: int, steps: int) -> list[int]:
-    """Return the levels 0 = k_0 < ... < k_steps = noise_level, spread evenly: walked up to encode, down to decode.
+def path(noise_level: int, steps: int, spread: float = 1.0) -> list[int]:
+    """Return the levels 0 = k_0 < ... < k_steps = noise_level: walked up to encode, down to decode.
+
+    They are spread evenly, or with a `spread` above 1 as its power, closer together near 0 than near the noise level.
 
     Raises:
         SettingsError: if there are no levels to walk, or fewer levels than steps.
@@ -73,4 +75,4 @@ def path(noise_level: int, steps: int) -> list[int]:
         raise SettingsError(
             f"--steps {steps}: give 1 to {noise_level}, as many as there are levels up to --noise-level."
         )
-    return [round(i * noise_level / steps) for i in range(steps + 1)]
+    return [max(i, int(noise_level * (i / steps) ** spread + 0.5)) for i in range(steps + 1)]

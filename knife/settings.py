@@ -3,10 +3,24 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from knife.errors import SettingsError
+
 LEVEL = 475  # L, where no calibration says better
-STEPS = 50  # of encoding, and again of decoding
+SPREAD = 1.5  # power by which the levels of a walk lie closer near 0, where an image's details are made and lost
 STRENGTH = 0.2  # where the loop cannot be closed
-FIRST, ROUNDS = 0.1, 3  # the strength that the closed loop begins with, and the times that it decodes an image
+FIRST, ROUNDS = 0.05, 3  # the strength that the closed loop begins with, and the times that it decodes an image
+
+
+class Quality(NamedTuple):
+    """How finely a translation walks: steps of encoding, and again of decoding, and which of `knife.ddim`'s solvers."""
+
+    steps: int  # at most; there are no more than levels
+    solver: str
+
+
+SOLVER_NAMES = ("ab2", "dpm2m", "ddim")
+QUALITIES = {"draft": Quality(10, "ab2"), "standard": Quality(20, "ab2"), "paper": Quality(1000, "ddim")}
+STANDARD = QUALITIES["standard"]
 
 
 class Wish(NamedTuple):
@@ -27,7 +41,9 @@ class Settings:
     """How a translation walks."""
 
     noise_level: int | None = None  # L: how far an image is encoded; None: as the guide is calibrated, else LEVEL
-    steps: int | None = None  # of encoding, and again of decoding; None: STEPS, or L if that is less
+    quality: str = "standard"  # draft, standard or paper: steps and solver where these are None
+    steps: int | None = None  # of encoding, and again of decoding
+    solver: str | None = None  # ab2, dpm2m, or ddim as in the paper
     scale: float | None = None  # the paper's s, one for all
     strength: float | None = None  # size of the guidance against eps, see `knife.ddim.balanced`; with neither, the
     tolerance: float | None = None  # strength of each image is raised until it is so near its target
@@ -44,11 +60,18 @@ class Settings:
         """Tell whether the strength is adjusted for each image."""
         return self.scale is None and self.strength is None
 
+    def __post_init__(self) -> None:
+        """Raise SettingsError if a quality or solver is unknown."""
+        for option, value, known in (("quality", self.quality, QUALITIES), ("solver", self.solver, SOLVER_NAMES)):
+            if value is not None and value not in known:
+                raise SettingsError(f"--{option} {value}: unknown; give one of {', '.join(known)}.")
+
     def at(self, level: int) -> "Settings":
-        """Return settings that say a noise level, if they do not yet, and steps."""
+        """Return settings that say a noise level, if they do not yet, steps and solver."""
         level = level if self.noise_level is None else self.noise_level
-        steps = min(STEPS, max(level, 1)) if self.steps is None else self.steps
-        return replace(self, noise_level=level, steps=steps)
+        usual = QUALITIES[self.quality]
+        steps = min(usual.steps, max(level, 1)) if self.steps is None else self.steps
+        return replace(self, noise_level=level, steps=steps, solver=self.solver or usual.solver)
 
 
 DEFAULTS = Settings()

@@ -158,7 +158,7 @@ SMALL = Architecture(48, (1, 2, 3), res_blocks=1, attention=(8,), heads=2, group
 JUDGE_UNET = Architecture(8, (1, 2, 4, 8), res_blocks=1, groups=4)
 JUDGE_ENCODER = Architecture(16, (1, 2, 4, 4), res_blocks=1, groups=8, pool="spatial")
 JUDGED = 64  # pixels a side, up to which a judge sees each of them
-SMALL_GUIDE = Architecture(32, (1, 2, 3), 1, (8,), heads=2, scale_shift=True, groups=8, stem=2, pool="mean")
+SMALL_GUIDE = Architecture(32, (1, 2, 3), 1, (8,), heads=2, scale_shift=True, groups=8, stem=2, pool="spatial")
 
 PRESETS = {
     p.name: p

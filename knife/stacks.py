@@ -1,16 +1,14 @@
 """Whole volumes through a translation: which slices, what is done already, and the volume, table and record at the end.
 
 Each finished slice is kept in a hidden folder beside the results until all are there, so that the same command goes on
-where it was stopped. What is kept counts only for the same inputs, models, target and settings.
+where it was stopped. What is kept counts only for the same inputs, models, target and settings, see `outputs.key_of`.
 """
 
 import csv
-import hashlib
 import io
-import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,35 +22,47 @@ from knife.errors import InputError, ModelError
 from knife.files import write_safely
 from knife.image import Image, Source, is_image
 from knife.layouts import adopt_masks, cases_of
-from knife.outputs import Edit, Files, Translation, Unit, draw, refusing_disk, save
+from knife.outputs import (
+    Edit,
+    Files,
+    Translation,
+    Unit,
+    draw,
+    hashes,
+    kept_record,
+    key_of,
+    members,
+    refusing_disk,
+    reread,
+    save,
+    write_record,
+)
+from knife.spec import ImageSpec
 from knife.volume import Volume
 
 BRAIN = 0.1  # share of its pixels that makes a slice worth translating, where nothing else is said
 Span = tuple[int, int]  # first, last + 1
-PART = r"_slices\d+-\d+$"  # how `Stack.source` tells the slices that were asked for, at the end of a name
-FREE = ("batch_size", "dtype")  # settings that a slice's change does not depend on
+PART = r"_slices\d+-\d+$"  # how the name of a result tells the slices that were asked for, see `part_of`
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
     """A volume of which some slices are translated.
 
-    slices: their numbers, rising. mask: the outlined tumour beside it, [D, H, W] bool, if there is one. wanted: the
-    slices that were asked for, if any were. refused: those among them for which the target means nothing.
+    slices: their numbers, rising. mask: the outlined tumour beside it, [D, H, W] bool, if there is one. refused: those
+    among the slices asked for for which the target means nothing.
     """
 
     volume: Volume
     slices: tuple[int, ...]
     mask: Tensor | None = None
     crop: bool = False  # as of an Image
-    wanted: Span | None = None
     refused: tuple[int, ...] = ()
 
     @property
     def source(self) -> Source:
-        """Return where the volume came from, and which part of it was asked for."""
-        part = f"slices{self.wanted[0]}-{self.wanted[1] - 1}" if self.wanted else ""
-        return replace(self.volume.source, part=part)
+        """Return where the volume came from."""
+        return self.volume.source
 
     @property
     def first(self) -> Image:
@@ -85,7 +95,12 @@ def open_stack(stack: Volume, wanted: Span | None) -> Stack:
     if not chosen:
         asked = f"--slices {first}:{end}" if wanted else "none of its slices"
         raise InputError(f"{name}: {asked}: nothing to translate there; its axial slices are 0 to {stack.count - 1}.")
-    return Stack(stack, tuple(chosen), outlined(stack), wanted=(there.start, there.stop) if wanted else None)
+    return Stack(stack, tuple(chosen), outlined(stack))
+
+
+def part_of(wanted: Span | None) -> str:
+    """Return how the names of results tell which slices were asked for: "slices80-128"; all is ""."""
+    return f"slices{wanted[0]}-{wanted[1] - 1}" if wanted else ""
 
 
 def outlined(stack: Volume) -> Tensor | None:
@@ -107,38 +122,45 @@ def outlined(stack: Volume) -> Tensor | None:
 # ----------------------------------------------------------------------------------------------- what is done already
 
 
-def unit(
-    stack: Stack, edits: Sequence[Edit], files: Files, about: Mapping[str, Any], value_range: tuple[float, float]
-) -> Unit:
-    """Return what is still to do of a stack."""
-    key, folder, dtype = key_of(stack, about, edits), place_of(files), about["settings"]["dtype"]
-    done = kept(stack, folder, key, edits, value_range)
+def unit(stack: Stack, edits: Sequence[Edit], files: Files, about: Mapping[str, Any], spec: ImageSpec) -> Unit:
+    """Return the unit of a stack: what is still to do of it, if anything is."""
+    key = key_of(stack.volume, about, edits)
+    if whole := again(stack, edits, files, key, spec):
+        return Unit([], finish=lambda: whole, done=len(whole))
+    folder, dtype = place_of(files), about["settings"]["dtype"]
+    done = kept(stack, folder, key, edits, spec.value_range)
     todo = {k: edit for k, edit in zip(stack.slices, edits, strict=True) if k not in done}
+    numbers = [*todo]
 
-    def deliver(fresh: Iterable[Translation | None]) -> list[Translation]:
-        for k, one in zip(todo, fresh, strict=True):
-            if one:
-                keep(one, k, folder, key)
-                done[k] = one
-        return finish(stack, {k: done[k] for k in stack.slices if k in done}, files, dtype) if done else []
+    def keep_slice(i: int, one: Translation) -> list[Translation]:
+        keep(one, numbers[i], folder, key)
+        done[numbers[i]] = one
+        return []
 
-    return Unit(list(todo.values()), deliver, len(done))
+    def all_there() -> list[Translation]:
+        return finish(stack, {k: done[k] for k in stack.slices if k in done}, files, dtype, key) if done else []
+
+    return Unit(list(todo.values()), keep_slice, all_there, len(done))
+
+
+def again(stack: Stack, edits: Sequence[Edit], files: Files, key: str, spec: ImageSpec) -> list[Translation] | None:
+    """Return the slices of a volume that an earlier call finished; None if it is not there, or not as it was."""
+    record = kept_record(files, key, written(files, stack))
+    if record is None:
+        return None
+    try:
+        result = volume.open_volume(members(files, stack.source.paths))
+    except InputError:
+        return None
+    return [
+        reread(edit, result.pixels[:, k], slice_record(record, k), files, spec)
+        for k, edit in zip(stack.slices, edits, strict=True)
+    ]
 
 
 def place_of(files: Files) -> Path:
     """Return the folder that keeps the finished slices until all are there."""
     return files.record.with_name(f".{files.record.stem}.part")
-
-
-def key_of(stack: Stack, about: Mapping[str, Any], edits: Sequence[Edit]) -> str:
-    """Return a hash of all that a result depends on."""
-    chosen = {name: value for name, value in about["settings"].items() if name not in FREE}
-    told = [about["knife"], about["wishes"], about["region"], chosen, [model["sha256"] for model in about["models"]]]
-    hashed = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    asked = [tensor for edit in edits for tensor in (*edit.targets, edit.region, edit.outlined) if tensor is not None]
-    for tensor in (stack.volume.pixels, stack.volume.window, *asked):
-        hashed.update(tensor.contiguous().numpy().tobytes())
-    return hashed.hexdigest()
 
 
 def kept(
@@ -153,7 +175,8 @@ def kept(
                 stored = checkpoint.read_tensors(folder / f"{k}.safetensors")
                 change, region = stored["change"], stored.get("region")  # an automatic one is known here alone
                 result = edit.image.plus(change, value_range, region)
-                done[k] = Translation(edit.image, result, change, edit.targets, about["record"], region=region)
+                record = about["record"]
+                done[k] = Translation(edit.image, result, change, edit.targets, record, region=region, kept=True)
         except (ModelError, KeyError):
             continue
     return done
@@ -172,13 +195,14 @@ OWN = (  # what a record says of one slice alone
     "wanted", "before", "after", "along", "effect", "reconstruction", "error", "reached", "strength", "attempts",
     "judge", "others", "preservation", "seconds",
 )  # fmt: skip
+WHOLE = ("panel", "slices", "failed")  # and of the volume
 
 
-def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: str) -> list[Translation]:
+def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: str, key: str) -> list[Translation]:
     """Write the volume, its difference map, panel, table and record; return its slices' translations.
 
     A lone slice is written as an image of its own too. What was kept of the slices is removed, unless some failed: then
-    the same command tries those alone again.
+    the record has no key, and the same command tries those alone again.
 
     Raises:
         SettingsError: if the disk refuses.
@@ -204,12 +228,28 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
         volume.write(whole.like(difference), files.difference)
         write_safely(files.panel, draw(done[most]))
         write_safely(table_of(files), table([row_of(one) for one in said.values()]))
-        write_safely(files.record, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
-    if len(stack.slices) == 1:
-        save(done[most], alone(files, most), dtype)
+        if len(stack.slices) == 1:
+            save(done[most], alone(files, most), dtype)
+        record |= {} if failed else {"key": key, "sha256": hashes(files, written(files, stack))}
+        write_record(record, files)
     if not failed:
         shutil.rmtree(place_of(files), ignore_errors=True)
-    return [replace(one, record={**one.record, **said[k]}, files=files) for k, one in done.items()]
+    return [replace(one, record=slice_record(record, k), files=files) for k, one in done.items()]
+
+
+def slice_record(record: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """Return the record of one slice, out of that of its volume."""
+    mine = next(one for one in record["slices"] if one["slice"] == k)
+    return {**{name: value for name, value in record.items() if name not in WHOLE}, **mine}
+
+
+def written(files: Files, stack: Stack) -> list[Path]:
+    """Return the files of a volume's results, but its record."""
+    whole = [*members(files, stack.source.paths), files.difference, files.panel, table_of(files)]
+    if len(stack.slices) > 1:
+        return whole
+    lone = alone(files, stack.slices[0])
+    return [*whole, *members(lone, stack.source.paths), lone.difference, lone.panel]
 
 
 def row_of(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ are not at their targets yet are decoded again with another one, and the gentles
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from knife.checkpoint import Stored
-from knife.ddim import Guidance, Hold, Score, balanced, decode, decode_with_control, encode, keep_outside
+from knife.ddim import (
+    SOLVERS,
+    Guidance,
+    Hold,
+    Point,
+    Score,
+    Solver,
+    balanced,
+    decode,
+    decode_with_control,
+    encode,
+    keep_outside,
+)
 from knife.devices import enough_memory
 from knife.errors import DeviceError, InputError, KnifeError, SamplingError, TaskError
 from knife.image import Image
@@ -24,7 +36,7 @@ from knife.outputs import Edit, Translation, wanted_masks
 from knife.pairs import unnamed
 from knife.preservation import changed_most, preserved
 from knife.schedule import path, timestep
-from knife.settings import FIRST, ROUNDS, STRENGTH, Settings
+from knife.settings import FIRST, ROUNDS, SPREAD, STRENGTH, Settings
 from knife.tasks import Task
 
 Failed = Callable[[Path, KnifeError], None]  # hears of a file that could not be translated, and why
@@ -80,8 +92,8 @@ class Guide(Reader):
         """Return how near its target an image must come that begins with an error; infinity if there is no telling.
 
         A tenth of the way is near enough, within limits: nearer than a quarter of what the network itself errs by on
-        clean images nobody can tell, and farther than that error, or what the task says is near enough for anybody,
-        is not near.
+        clean images nobody can tell, and farther than twice that error, or what the task says is near enough for
+        anybody, is not near.
         """
         card = self.stored.card
         if not math.isfinite(error) or not (self.told or settings.tolerance is not None):
@@ -89,34 +101,40 @@ class Guide(Reader):
         if settings.tolerance is not None:
             return settings.tolerance
         own = card.guidance.get("error", math.inf)
-        return max(min(own, max(error / 10, own / 4)), card.config.get("tolerance", 0.0))
+        return max(min(2 * own, max(error / 10, own / 4)), card.config.get("tolerance", 0.0))
 
 
 class Ticks:
     """Counts the steps of all images, of which those that reach their targets early need fewer than were foreseen.
 
-    images: how many there are. walks: how often each is walked at most, up or down. steps: of a walk.
+    images: how many there are, as far as is known. walks: how often each is walked at most, up or down. steps: of a
+    walk.
     """
 
     def __init__(
         self, images: int = 1, walks: int = 1, steps: int = 1, progress: Callable[[int, int], None] | None = None
     ) -> None:
         self.total, self.each, self.progress = images * walks * steps, walks * steps, progress
-        self.behind, self.ahead, self.images = 0, 0, 0
+        self.behind, self.ahead, self.size = 0, 0, 0
 
-    def batch(self, images: int) -> None:
+    def more(self, images: int) -> None:
+        """Hear that there are more images than was known, or fewer."""
+        self.total += images * self.each
+
+    def batch(self, size: int) -> None:
         """Hear that a batch begins: what the one before it did not need is skipped."""
-        self.behind, self.ahead = self.behind + self.each * self.images, 0
-        self.images = images
+        self.behind, self.ahead = self.behind + self.each * self.size, 0
+        self.size = size
 
     def step(self) -> None:
         """Hear of a step of the whole batch."""
-        self.ahead += self.images
-        self.tell(min(self.behind + min(self.ahead, self.each * self.images), self.total))
+        self.ahead += self.size
+        self.tell(min(self.behind + min(self.ahead, self.each * self.size), self.total))
 
     def done(self) -> None:
         """Hear that the last batch is done."""
-        self.tell(self.total)
+        if self.total:
+            self.tell(self.total)
 
     def tell(self, done: int) -> None:
         """Pass on how far it is."""
@@ -142,7 +160,13 @@ class Job:
         """Return the noise levels of the walk, rising."""
         assert self.settings.noise_level is not None
         assert self.settings.steps is not None
-        return path(self.settings.noise_level, self.settings.steps)
+        return path(self.settings.noise_level, self.settings.steps, SPREAD)
+
+    @property
+    def solver(self) -> Solver:
+        """Return what makes a step's eps of what the network tells."""
+        assert self.settings.solver is not None
+        return SOLVERS[self.settings.solver]
 
     @property
     def rounds(self) -> int:
@@ -163,6 +187,7 @@ class Start:
     limits: Sequence[Mapping[str, float]]  # of each image: task -> tolerance, where one is known
     x: Tensor  # [N, C, h, w] the images as the model sees them
     noisy: Tensor  # the same, encoded
+    last: Point  # where the last step of encoding began
     trajectory: Mapping[int, Tensor]  # on the way there, level -> images; empty if nothing is held on it
     region: Tensor | None = None  # [N, 1, h, w] from 0 to 1, where they may change; None: anywhere
     base: Tensor | None = None  # what guided decodes are compared with, once it is known
@@ -175,6 +200,7 @@ class Start:
             [self.limits[i] for i in rows],
             self.x[chosen],
             self.noisy[chosen],
+            self.last.part(chosen),
             {level: x[chosen] for level, x in self.trajectory.items()},
             None if self.region is None else self.region[chosen],
             None if self.base is None else self.base[chosen],
@@ -202,31 +228,32 @@ class Attempt:
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
-def run(job: Job, edits: Sequence[Edit], failed: Failed | None = None) -> Iterator[Translation | None]:
+def run(job: Job, batches: Iterable[Sequence[Edit]], failed: Failed | None = None) -> Iterator[Translation | None]:
     """Translate images batch by batch, in their order; None stands for one that failed.
 
-    A batch that does not fit into memory is halved, for all that follows too.
+    A batch of more than the settings allow is cut. One that does not fit into memory is halved, and so are those that
+    follow.
 
     Raises:
         DeviceError: if not even one image fits into memory.
         SamplingError: if guidance blows an image up, and nobody hears of those that failed.
         InputError: if the model does not know such an image, and nobody hears of it.
     """
-    size, first = job.settings.batch_size, 0
-    while first < len(edits):
-        batch = edits[first : first + size]
-        try:
-            with enough_memory(job.device, "one image does", "give --device cpu, or use smaller models"):
-                done = each_on_its_own(job, batch, failed)
-        except DeviceError:
-            if len(batch) == 1:
-                raise
-            size = len(batch) // 2
-            continue
-        first += len(batch)
-        if first == len(edits):
-            job.ticks.done()
-        yield from done
+    size = job.settings.batch_size
+    for batch in batches:
+        rest = batch
+        while part := rest[:size]:
+            try:
+                with enough_memory(job.device, "one image does", "give --device cpu, or use smaller models"):
+                    done = each_on_its_own(job, part, failed)
+            except DeviceError:
+                if len(part) == 1:
+                    raise
+                size = len(part) // 2
+                continue
+            yield from done
+            rest = rest[len(part) :]
+    job.ticks.done()
 
 
 def each_on_its_own(job: Job, batch: Sequence[Edit], failed: Failed | None) -> list[Translation | None]:
@@ -337,11 +364,11 @@ def encoded(job: Job, edits: Sequence[Edit]) -> Start:
         if held:
             trajectory[level] = x
 
-    noisy = encode(job.net, x, job.diffusion.card.schedule, levels, climb)
+    noisy, last = encode(job.net, x, job.diffusion.card.schedule, levels, climb, job.solver)
     check_sane(job, edits, levels[-1], noisy)
     errors = errors_from_targets(job, edits, x)
     limits = [limits_of(job, errors, i) for i in range(len(edits))]
-    return Start(edits, limits, x, noisy, trajectory, regions_of(job, edits))
+    return Start(edits, limits, x, noisy, last, trajectory, regions_of(job, edits))
 
 
 def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[Start, list[Attempt]]:
@@ -363,7 +390,8 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
     spec, settings = job.diffusion.card.spec, job.settings
     guidance = [guidance_of(job, start, number, strengths) for number in range(len(job.guides))]
     clamp = spec.value_range if settings.clamp else None
-    walk = (job.net, start.noisy, job.diffusion.card.schedule, job.levels, guidance, clamp, descend, start.hold)
+    schedule, hold = job.diffusion.card.schedule, start.hold
+    walk = (job.net, start.noisy, schedule, job.levels, guidance, clamp, descend, hold, job.solver, start.last)
     if start.base is not None:
         y = decode(*walk)
     elif settings.control:
@@ -508,17 +536,23 @@ def errors_of(job: Job, start: Start, change: Tensor) -> Numbers:
 
 
 def judgements(job: Job, start: Start, x: Tensor) -> dict[str, dict[str, Numbers]]:
-    """Return what judges see in the images and their results x [N, C, h, w], and how far these are from the targets."""
+    """Return what judges see in the images and their results x [N, C, h, w], and how far these are from the targets.
+
+    One that fails on them is left out: nothing depends on it.
+    """
     told: dict[str, Numbers] = {"before": {}, "after": {}, "error": {}}
     for k, guide in enumerate(job.guides):
         judged = [wanted for edit in start.edits if (wanted := edit.judged[k]) is not None]
         if guide.judge is None or len(judged) < len(start.edits):
             continue
         target = torch.stack(judged).to(x.device)
-        for when, images in (("before", start.x), ("after", x)):
-            numbers = guide.judge.numbers(images, 0, target)
-            told[when] |= {job.name(guide, name): values for name, values in numbers.items()}
-        told["error"][guide.task.name] = guide.judge.error(x, target)
+        try:
+            numbers = {when: guide.judge.numbers(y, 0, target) for when, y in (("before", start.x), ("after", x))}
+            told["error"][guide.task.name] = guide.judge.error(x, target)
+        except KnifeError:
+            continue
+        for when, values in numbers.items():
+            told[when] |= {job.name(guide, name): value for name, value in values.items()}
     return {"judge": told} if told["after"] else {}
 
 

@@ -1,18 +1,19 @@
-"""Finds task plugins, and lets the rest of knife see one plugin as a `Task`.
+"""Finds plugins, and lets the rest of knife see one plugin as a `Task`.
 
-Plugins are entry points of the group `knife`; an entry point's name is the word after --task. Each is imported on its
-own, so that a broken one becomes a row of `knife plugins list` and never a crash. A task that is asked for by name
-imports its own plugin alone, so that no other can slow it down or spoil it.
+Tasks are entry points of the group `knife`; an entry point's name is the word after --task. Judges (`knife.judges`)
+have a group of their own. Each plugin is imported on its own, so that a broken one becomes a row of `knife plugins
+list` and never a crash. A task that is asked for by name imports its own plugin alone, so that no other can slow it
+down or spoil it.
 """
 
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pluggy
 
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from knife.spec import ImageSpec
 
 GROUP = "knife"
+JUDGES = "knife.judges"
 HOOKS = (*hookspecs.OPTIONAL[:1], *hookspecs.REQUIRED, *hookspecs.OPTIONAL[1:])  # in the order a task lives them
+HOOKS_OF = {GROUP: HOOKS, JUDGES: hookspecs.JUDGE}
+REQUIRED_OF = {GROUP: hookspecs.REQUIRED, JUDGES: hookspecs.JUDGE[:1]}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")  # a task's name is also a file's: models/<dataset>/<task>.safetensors
 RESERVED = ("diffusion",)  # `knife train diffusion` is the model itself
 
@@ -37,7 +41,7 @@ RESERVED = ("diffusion",)  # `knife train diffusion` is the model itself
 class Plugin:
     """A row of `knife plugins list`."""
 
-    task: str
+    task: str  # or a judge's name
     hooks: tuple[str, ...]
     distribution: str
     version: str
@@ -46,7 +50,7 @@ class Plugin:
 
     @property
     def usable(self) -> bool:
-        """Tell whether the task can be used."""
+        """Tell whether it can be used."""
         return self.status == "ok"
 
 
@@ -55,12 +59,12 @@ def names() -> list[str]:
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
-def plugins(task: str | None = None) -> list[Plugin]:
+def plugins(task: str | None = None, group: str = GROUP) -> list[Plugin]:
     """Import the registered plugins (of one task alone, if it is named) and return a row for each, sorted by task.
 
-    Of two plugins that claim one task neither is usable: which one is meant is not for knife to guess.
+    Of two plugins that claim one name neither is usable: which one is meant is not for knife to guess.
     """
-    points = entry_points(group=GROUP) if task is None else entry_points(group=GROUP, name=task)
+    points = entry_points(group=group) if task is None else entry_points(group=group, name=task)
     rows = sorted((inspect(point) for point in points), key=lambda row: (row.task, row.distribution))
     claims: dict[str, list[str]] = {}
     for row in rows:
@@ -81,29 +85,29 @@ def inspect(point: EntryPoint) -> Plugin:
             row = replace(row, distribution=point.dist.name or "?", version=point.dist.version or "?")
         with redirect_stdout(sys.stderr):  # what a plugin prints must not get into the output of --json
             module = point.load()
-            hooks = registered(module)
+            hooks = registered(module, HOOKS_OF[point.group])
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a stranger's module may raise anything, SystemExit included
         return replace(row, status=" ".join(f"{type(error).__name__}: {error}".split()))
-    return replace(row, hooks=hooks, module=module, status=fault(point.name, module, hooks) or "ok")
+    return replace(row, hooks=hooks, module=module, status=fault(point, module, hooks) or "ok")
 
 
-def fault(name: str, module: object, hooks: Sequence[str]) -> str:
+def fault(point: EntryPoint, module: object, hooks: Sequence[str]) -> str:
     """Say why a plugin that could be imported cannot be used, or nothing if it can."""
-    if name in RESERVED:
-        return f"the name {name} is taken by the model itself; rename the entry point"
-    if not NAME.fullmatch(name):
+    if point.name in RESERVED:
+        return f"the name {point.name} is taken by the model itself; rename the entry point"
+    if not NAME.fullmatch(point.name):
         return "the name must be lowercase letters, digits and _, a letter first, 40 at most; rename the entry point"
     unmarked = " (there, but not marked with @hookimpl)"
-    missing = [hook + unmarked * hasattr(module, hook) for hook in hookspecs.REQUIRED if hook not in hooks]
+    missing = [hook + unmarked * hasattr(module, hook) for hook in REQUIRED_OF[point.group] if hook not in hooks]
     return f"lacks {', '.join(missing)}" if missing else ""
 
 
-def registered(module: object) -> tuple[str, ...]:
+def registered(module: object, known: Sequence[str] = HOOKS) -> tuple[str, ...]:
     """Return the hooks a module implements; pluggy raises if one has arguments that the hook does not know."""
     manager = manager_of(module)
-    return tuple(hook for hook in HOOKS if getattr(manager.hook, hook).get_hookimpls())
+    return tuple(hook for hook in known if getattr(manager.hook, hook).get_hookimpls())
 
 
 def manager_of(module: object) -> pluggy.PluginManager:
@@ -131,24 +135,45 @@ def task(name: str) -> "Task":
     return Task(name, manager_of(found[0].module), found[0].hooks)
 
 
+@contextmanager
+def contained(who: str) -> Iterator[None]:
+    """Turn what a stranger's code raises of its own into a TaskError that begins with `who`."""
+    try:
+        yield
+    except (KnifeError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # the device's fault, not the plugin's
+            raise
+        raise TaskError(f"{who} failed: {type(error).__name__}: {error}") from error
+
+
 @dataclass(frozen=True)
-class Task:
+class Seen:
     """One plugin seen through its hooks; what they return is checked here, so that callers can rely on its form."""
 
     name: str
     manager: pluggy.PluginManager
     hooks: tuple[str, ...]
+    role: ClassVar[str] = "plugin"
 
     def call(self, hook: str, **arguments: object) -> Any:
-        """Call a hook; what a plugin raises of its own becomes a TaskError that names task and hook."""
-        try:
+        """Call a hook; what a plugin raises of its own becomes a TaskError that names plugin and hook."""
+        with contained(f"{self.role} {self.name}: its hook {hook}"):
             return getattr(self.manager.hook, hook)(**arguments)
-        except (KnifeError, MemoryError):
-            raise
-        except (Exception, SystemExit) as error:
-            if type(error).__name__ == "OutOfMemoryError":  # the device's fault, not the plugin's
-                raise
-            raise TaskError(f"task {self.name}: its hook {hook} failed: {type(error).__name__}: {error}") from error
+
+    def violation(self, hook: str, value: object, wanted: str) -> TaskError:
+        """Return the error that says what a hook returned and what it must return."""
+        return TaskError(
+            f"{self.role} {self.name}: its hook {hook} returned {describe(value)}; it must return {wanted}."
+        )
+
+
+@dataclass(frozen=True)
+class Task(Seen):
+    """A plugin that guides."""
+
+    role: ClassVar[str] = "task"
 
     def tensor(self, hook: str, **arguments: object) -> "Tensor":
         """Call a hook that returns a tensor."""
@@ -158,10 +183,6 @@ class Task:
         if not isinstance(value, Tensor):
             raise self.violation(hook, value, "a tensor")
         return value
-
-    def violation(self, hook: str, value: object, wanted: str) -> TaskError:
-        """Return the error that says what a hook returned and what it must return."""
-        return TaskError(f"task {self.name}: its hook {hook} returned {describe(value)}; it must return {wanted}.")
 
     def configure(self, cases: "Sequence[Case]", label: str | None = None) -> dict[str, Any]:
         """Return what the task remembers of its training data."""

@@ -6,7 +6,8 @@
     keep        write the model, the state to resume from, the log, and a sheet that shows how good it is
 
 Every random draw is a function of (seed, step, purpose), so that a resumed run walks the same way as one that was never
-interrupted.
+interrupted. Several processes (`torchrun`) make the same draws, and each takes its rows of every batch: the steps are
+those of one process, up to rounding, however many there are.
 
 A judge is a task network that measures results and never guides. So that it does not share its guide's mistakes, it
 has another architecture, draws other random numbers, and learns from clean images of half of the patients; a training
@@ -43,6 +44,7 @@ from knife.finite import fill_of
 from knife.image import PERCENTILES
 from knife.panel import curve, grid
 from knife.prepared import key, prepared
+from knife.ranks import ALONE, Team, processes, team
 from knife.schedule import Schedule, noise, path, timestep
 from knife.spec import preset
 from knife.tasks import Task, task
@@ -182,6 +184,22 @@ class Watch(Protocol):
         """Hear of every file that was written."""
 
 
+class Unwatched:
+    """Hears all that a `Watch` does, and tells nobody."""
+
+    def loading(self, done: int, total: int) -> None:
+        """Hear how many images have been read."""
+
+    def budget(self, budget: Budget) -> None:
+        """Hear what the run will take."""
+
+    def step(self, step: int, loss: float) -> None:
+        """Hear of a step."""
+
+    def saved(self, path: Path) -> None:
+        """Hear of a file."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What a run works on: all that stays the same from its first step to its last."""
@@ -197,6 +215,7 @@ class Job:
     fingerprint: str
     inventory: Mapping[str, str]
     strata: Strata | None = None  # by which images are balanced, if they are
+    team: Team = ALONE  # the processes that share the work
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -226,25 +245,35 @@ def train(run: Run, watch: Watch, stop: Callable[[], bool] = lambda: False) -> i
             is not finite again and again.
         InputError: if the data cannot be used.
         ModelError: if the state to resume from is damaged, or the models folder cannot be written to.
-        DeviceError: if a batch does not fit into memory.
+        DeviceError: if a batch does not fit into memory, or another of several processes ends before its time.
         TaskError: if the task is unknown, or its plugin broken.
     """
-    writer = tensorboard() if run.tensorboard else None
-    job = prepare(run, watch)
-    with enough_memory(run.device, f"a batch of {run.batch} in parts of {run.at_once} does", more_memory(run)):
-        state = start(job)
-        watch.budget(budget(state, job))
-        kept = state.step if run.path.exists() else 0
-        with closing(Log(job, state, writer)) as log:
-            while state.step < run.steps and not stop():
-                loss = train_step(state, job)
-                log.step(state, loss)
-                watch.step(state.step, loss)
-                if state.step % run.every == 0:
-                    kept = keep(state, job, log, watch)
-            if state.step != kept:
-                keep(state, job, log, watch)
+    if run.batch < processes():
+        raise SettingsError(f"--batch-size {run.batch}: {processes()} processes share a batch; give one image each.")
+    with team(run.device) as mine:
+        writer = tensorboard() if run.tensorboard and mine.first else None
+        watch = watch if mine.first else Unwatched()
+        with mine.after_the_first():
+            job = replace(prepare(run, watch), team=mine)
+        with enough_memory(run.device, f"a batch of {run.batch} in parts of {run.at_once} does", more_memory(run)):
+            state = start(job)
+            watch.budget(budget(state, job))
+            with closing(Log(job, state, writer)) as log:
+                walk(state, job, log, watch, stop)
     return state.step
+
+
+def walk(state: State, job: Job, log: "Log", watch: Watch, stop: Callable[[], bool]) -> None:
+    """Take all steps that are left, or until one of several processes shall stop, and keep what comes of them."""
+    run, kept = job.run, state.step if job.run.path.exists() else 0
+    while state.step < run.steps and not job.team.total(stop()):
+        loss = train_step(state, job)
+        log.step(state, loss)
+        watch.step(state.step, loss)
+        if state.step % run.every == 0:
+            kept = keep(state, job, log, watch)
+    if state.step != kept:
+        keep(state, job, log, watch)
 
 
 # -------------------------------------------------------------------------------------------------------------- the job
@@ -480,21 +509,24 @@ def backward(net: nn.Module, step: int, job: Job, usual: Tensor | None = None) -
     run, loss = job.run, loss_of(job.task, job.card.schedule)
     x0, labels = stacked([job.examples[i] for i in batch_of(step, run, len(job.examples), job.strata)])
     level, eps = draw(run, step, x0, job.card.schedule.T)
-    torch.manual_seed(seed_of(run.drawn_from, step, NETWORK))  # for networks that draw on their own, as dropout does
+    own = seed_of(run.drawn_from, step, NETWORK) ^ job.team.number << 48
+    torch.manual_seed(own)  # for networks that draw on their own, as dropout does
     total = 0.0
     for band, rows in bands_of(level, job):
         weight, found = 1.0 if usual is None else weight_of(usual, band), 0.0
-        for part in rows.split(run.at_once):
+        for part in filter(len, job.team.part(rows).split(run.at_once)):
             x, label, k, e = (tensor[part].to(run.device) for tensor in (x0, labels, level, eps))
             x = x.to(memory_format=torch.channels_last)
             with precision(run.device):
                 value = loss(net, x, label, k, e) * len(part) / len(x0)
             torch.autograd.backward(weight * value)
             found += value.item()
+        found = job.team.total(found)
         total += found
         if usual is not None and math.isfinite(found):
             size = abs(found) * len(x0) / len(rows)
             usual[band] += (1 - USUAL if usual[band] else 1.0) * (size - usual[band])
+    job.team.add_gradients(net)
     return total
 
 
@@ -658,8 +690,11 @@ def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def keep(state: State, job: Job, log: "Log", watch: Watch) -> int:
     """Write the log, the model (its moving average), the state to resume from, and a sheet; return the step.
 
-    The state comes after log and model: killed in between, a run resumes from an older state and writes both anew.
+    The state comes after log and model: killed in between, a run resumes from an older state and writes both anew. Of
+    several processes the first does it, and the others go on until they need it.
     """
+    if not job.team.first:
+        return state.step
     run, ema = job.run, state.ema.module.eval().requires_grad_(False)
     tensors = tensors_of(state)
     if not all_finite([tensor for tensor in tensors.values() if tensor.is_floating_point()]):
@@ -700,6 +735,7 @@ def origin(job: Job) -> dict[str, Any]:
     return {
         "command": job.run.command,
         "images": len(job.examples),
+        "processes": job.team.count,
         "layout": job.folder.layout,
         "split": job.folder.split_sha256,
         "percentiles": list(PERCENTILES),

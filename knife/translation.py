@@ -1,44 +1,58 @@
 """Images in, images out: read the inputs, choose the models that fit, and see that results are written beside them.
 
-Everything is read and checked before the first step of a walk, so that a refusal leaves nothing behind.
+Options, models, the folder of the results and the first batch of images are checked before the first step, so that a
+refusal leaves nothing behind. Then one thread reads the next batch and one writes the last while the network works, so
+that a thousand images take no more memory than a few, and what an earlier call has made is not made again.
 """
 
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
-from functools import partial
-from itertools import islice
+from functools import partial, wraps
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from knife import __version__, ops, outputs, stacks, tasks
+from knife import __version__, ops, outputs, stacks, streams, tasks
 from knife.calibrate import default_level
 from knife.checkpoint import Stored, load
-from knife.devices import enough_memory, resolve_device
+from knife.devices import enough_memory, keep_freed_memory, resolve_device
 from knife.errors import ApartError, InputError, KnifeError, ModelError, SettingsError, TargetError, TaskError
+from knife.files import shown
 from knife.finite import fill_of
 from knife.image import Image, check_dtype
-from knife.inputs import Place, expand, opened
+from knife.inputs import Place, expand, opened, shard_of
+from knife.judges import Offered, judges_record, offered
 from knife.masks import read_target_mask
 from knife.outputs import Edit, Files, Translation, Unit, destinations, without_folder
-from knife.pairs import Pair, choose, judge_of, model_record, onlookers
+from knife.pairs import Pair, choose, judge_of, misfit, model_record, onlookers
 from knife.schedule import path
 from knife.settings import DEFAULTS, LEVEL, Settings, Wish
 from knife.stacks import Stack
 from knife.steering import Failed, Guide, Job, Reader, Ticks, run, stacked
 
 T = TypeVar("T")
+P = ParamSpec("P")
 SYNTHETIC = "made by a generative model; for research, not for diagnosis"
 AUTO = "auto"  # the region found from what guidance changed
 BY = re.compile(r"by:([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(%?)")  # a target that counts from what the image has
 
 
-def translate(
+class Input(NamedTuple):
+    """One input."""
+
+    files: tuple[Path, ...]
+    results: Files | None  # where they go; None: nowhere
+    source: Image | stacks.Stack | KnifeError | None = None  # what was read, or why it could not be; None: not yet
+
+
+def translations(
     images: Place | Sequence[Place],
     *wishes: Wish,
     out: Place | None = None,
@@ -48,74 +62,233 @@ def translate(
     slices: stacks.Span | None = None,
     region: str | None = None,
     nan: str | None = None,
+    shard: str | None = None,
     device: str = "auto",
     started: Callable[[Mapping[str, Any]], None] = lambda about: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     failed: Failed | None = None,
-) -> list[Translation]:
+) -> Iterator[Translation]:
     """Translate images so that the predictions of tasks become their targets.
 
     Args:
         images: a file, a folder of images, a folder with one file for each MR sequence, or several of these; what
             is 3-D is translated slice by slice, and written as a volume again.
         wishes: the tasks that guide, and what each wants: Wish("regress", "0.3"). Their order does not matter.
-        out: the folder to write results, difference maps, panels and records into; None writes nothing.
+        out: the folder to write results, difference maps, panels and records into; None writes nothing. What lies there
+            already, from the same input, wishes, settings and models, is read back and not made again.
         models: the folder of trained models; where it has none that fit, or None is given, the shipped ones serve.
-        dataset: the name of the models' folder, if several fit.
+        dataset: the name of the models' folder, if several fit the first image.
         settings: noise level, steps, strength and the like.
         slices: which axial slices of volumes, first and last + 1; None: all that show enough brain. A lone one is
             written as an image too.
         region: a mask file, or a shape such as ellipse:120,100,20,15, within which images may change; auto: where a
             first decode changes most; None: anywhere.
         nan: fill=0 reads pixels that are not finite as 0, in the file's own intensities; None: such a file is refused.
+        shard: 2/8 is the second of eight parts of the inputs, None all; auto: as a SLURM job array or torchrun say.
         device: auto, cpu, cuda or cuda:N.
-        started: called once before the first step with what each record begins with, the number of `images` to
-            do, how many slices an earlier call has `done`, and the masks in folders that were `left_out`.
-        progress: called with (steps done, steps in all) after every step of a batch.
+        started: called once before the first step with what each record begins with, the number of `inputs`, which
+            `shard` of them, and the masks in folders that were `left_out`.
+        progress: called with (steps done, steps in all) after every step of a batch; a volume counts as one image until
+            it is read, and what is done already does not count.
         failed: called with (file, why) for each input that cannot be read or is blown up by guidance, while the others
             go on; None: the first such ends it all.
 
-    Returns:
-        One translation for each image or slice, in the order given; the images of a folder by name.
+    Yields:
+        One translation for each image or slice, in the order given; the images of a folder by name. Each as soon as it
+        is written; `translate` waits for all, and returns them as a list.
 
     Raises:
-        KnifeError: before anything is computed or written, if an input, a target, a model or a setting cannot be used;
-            later, if memory runs out, the disk refuses, or guidance blows an image up.
+        KnifeError: before anything is computed or written, if a target, a model, a setting or one of the first batch of
+            images cannot be used; later, if another image cannot, memory runs out, the disk refuses, or guidance blows
+            an image up.
     """
     wishes = checked(wishes)
     kinds = [tasks.task(wish.task) for wish in wishes]
     where, why = resolve_device(device)
+    keep_freed_memory()
     settings = replace(settings, auto_region=region == AUTO)
     region = None if region == AUTO else region
     found, left_out = expand(images)
-    sources = good(
-        [partial(opened, files, slices, fill_of(nan)) for files in found], [files[0] for files in found], failed
-    )
-    samples = [source.first if isinstance(source, Stack) else source for source in sources]
-    pairs = chosen(wishes, samples, None if models is None else Path(models), dataset)
+    mine = shard_of(shard, len(found), os.environ)
+    inputs = planned(found, wishes, out, region, slices)[mine.number - 1 :: mine.of]
+    if not inputs:
+        return
+    head, rest = first_read(inputs, partial(opened, wanted=slices, fill=fill_of(nan)), failed)
+    pairs = chosen(wishes, [sample_of(head[-1].source)], None if models is None else Path(models), dataset)
     settings = settings.at(level_of(pairs))
     check(settings, wishes, pairs)
-    spec = pairs[0].diffusion.card.spec
-    sources = [replace(source, crop=spec.crop) for source in sources]
     job = job_of(kinds, wishes, pairs, settings, where)
-    ask = partial(asked, job, wishes, region, failed=failed)
-    todos = good([partial(ask, source) for source in sources], [source.source.paths[0] for source in sources], failed)
-    places = [source.source for source, _ in todos]
-    plans = [None] * len(places) if out is None else destinations(places, wishes, Path(out), region)
     about = {
         **about_wishes(wishes, region, settings),
         "device": f"{where}: {why}",
         "ops": ops.status(where.split(":")[0]).path,
         **about_walk(job, pairs),
     }
-    units = [unit_of(*parts, files, about, spec.value_range) for parts, files in zip(todos, plans, strict=True)]
-    todo = [edit for unit in units for edit in unit.todo]
-    walks = 1 + settings.auto_region + job.rounds
-    job = replace(job, about=about, ticks=Ticks(len(todo), walks, len(job.levels) - 1, progress))
-    numbers = {"images": len(todo), "done": sum(unit.done for unit in units)}
-    started({**about, **numbers, "left_out": [mask.name for mask in left_out]})
-    results = run(job, todo, failed)
-    return [one for unit in units for one in unit.deliver(islice(results, len(unit.todo)))]
+    ticks = Ticks(len(inputs), 1 + settings.auto_region + job.rounds, len(job.levels) - 1, progress)
+    job = replace(job, about=about, ticks=ticks)
+    told = {**about, "inputs": len(inputs), "shard": mine, "left_out": [mask.name for mask in left_out]}
+    units = (unit_of(job, pairs[0], wishes, region, one, failed is None) for one in chain(head, rest))
+    with closing(streams.ahead(units, lambda unit: max(unit.images, 1), settings.batch_size)) as read:
+        works = followed(job, heard(read, ticks, partial(started, told), failed), failed)
+        with closing(streams.behind(works, 2 * settings.batch_size)) as written:
+            for ready in written:
+                yield from ready
+
+
+def listed(name: str, stream: Callable[P, Iterator[T]]) -> Callable[P, list[T]]:
+    """Return a function that returns a list of all that another yields."""
+
+    @wraps(stream)
+    def all_of(*args: P.args, **kwargs: P.kwargs) -> list[T]:
+        return [*stream(*args, **kwargs)]
+
+    all_of.__name__ = all_of.__qualname__ = name
+    return all_of
+
+
+translate = listed("translate", translations)  # for the few: all images stay in memory
+
+
+# -------------------------------------------------------------------------------------------------- one after the other
+
+
+def planned(
+    found: Sequence[tuple[Path, ...]],
+    wishes: Sequence[Wish],
+    out: Place | None,
+    region: str | None,
+    slices: stacks.Span | None,
+) -> list[Input]:
+    """Return the inputs, and where the results of each go, whether it can be read or not."""
+    if out is None:
+        return [Input(files, None) for files in found]
+    plans = destinations(found, wishes, Path(out), region, stacks.part_of(slices))
+    return [Input(*one) for one in zip(found, plans, strict=True)]
+
+
+def first_read(
+    inputs: Sequence[Input], read: Callable[[Sequence[Path]], Image | Stack], failed: Failed | None
+) -> tuple[list[Input], Iterator[Input]]:
+    """Read inputs until one can be; return them, and an iterator that reads the others when asked for them.
+
+    Raises:
+        InputError: if none can be read, or one cannot, or is not there, and nobody hears of it.
+    """
+    for one in inputs if failed is None else ():
+        for file in one.files:
+            if not os.path.exists(file):
+                raise InputError(f"{shown(file)}: no such file; check the name.")
+
+    def tried(one: Input) -> Input:
+        try:
+            return one._replace(source=read(one.files))
+        except InputError as error:
+            return one._replace(source=error)
+
+    rest, head = map(tried, inputs), list[Input]()
+    for one in rest:
+        head.append(one)
+        if not isinstance(one.source, KnifeError):
+            return head, rest
+        if failed is None:
+            break
+    assert isinstance(head[0].source, KnifeError)
+    raise head[0].source
+
+
+def sample_of(source: Image | Stack | KnifeError | None) -> Image:
+    """Return an image to see what an input is like."""
+    assert isinstance(source, Image | Stack)
+    return source.first if isinstance(source, Stack) else source
+
+
+def unit_of(job: Job, pair: Pair, wishes: Sequence[Wish], region: str | None, one: Input, strict: bool) -> Unit:
+    """Return what is to do of an input; of one that cannot be used nothing, and why; if `strict`, of its slices too."""
+    refused = list[tuple[Path, KnifeError]]()
+
+    def hear(file: Path, why: KnifeError) -> None:
+        refused.append((file, why))
+
+    try:
+        unit = unit_to_do(job, pair, wishes, region, one, None if strict else hear)
+    except (InputError, ModelError, TargetError) as error:
+        refused, unit = [(one.files[0], error)], Unit([])
+    return unit._replace(refused=tuple(refused))
+
+
+def unit_to_do(
+    job: Job, pair: Pair, wishes: Sequence[Wish], region: str | None, one: Input, failed: Failed | None
+) -> Unit:
+    """Return what is to do of an input; of a stack that is not written, all.
+
+    Raises:
+        InputError, ModelError, TargetError: if it cannot be used.
+    """
+    if isinstance(one.source, KnifeError):
+        raise one.source
+    if problem := misfit(pair, [sample_of(one.source)]):
+        raise ModelError(problem)
+    assert one.source is not None
+    spec = job.diffusion.card.spec
+    source, edits = asked(job, wishes, region, replace(one.source, crop=spec.crop), failed)
+    if isinstance(source, Image):
+        return outputs.unit(edits[0], one.results, job.about, spec)
+    return Unit(edits) if one.results is None else stacks.unit(source, edits, one.results, job.about, spec)
+
+
+def heard(units: Iterable[Unit], ticks: Ticks, begin: Callable[[], None], failed: Failed | None) -> Iterator[Unit]:
+    """Yield units; tell on the way what was refused, how many images there are, and that it begins.
+
+    Raises:
+        KnifeError: if something was refused and nobody hears of it, or if all was: why the first was.
+    """
+    errors, begun = list[KnifeError](), False
+    for unit in units:
+        for file, why in unit.refused:
+            if failed is None:
+                raise why
+            failed(file, why)
+            errors += [why] if not begun else []
+        ticks.more(len(unit.todo) - 1)
+        if unit.images and not begun:
+            begun = True
+            begin()
+        yield unit
+    if not begun:
+        raise errors[0]
+
+
+def followed(job: Job, units: Iterator[Unit], failed: Failed | None) -> Iterator[Callable[[], list[Translation]]]:
+    """Translate units; yield what follows from each result, which is to be called, in the order of the inputs.
+
+    Batches are filled across units, but none waits for an image that lies behind many that are done already.
+    """
+    edits, waiting, size = deque[Edit](), deque[Unit](), job.settings.batch_size
+
+    def another() -> bool:
+        for unit in islice(units, 1):
+            waiting.append(unit)
+            edits.extend(unit.todo)
+            return True
+        return False
+
+    def batches() -> Iterator[list[Edit]]:
+        while edits or another():
+            while len(edits) < size and sum(unit.done for unit in waiting) < size and another():
+                pass
+            yield [edits.popleft() for _ in range(min(size, len(edits)))]
+
+    results = run(job, batches(), failed)
+    while waiting or another():
+        unit = waiting.popleft()
+        for i, one in enumerate(islice(results, len(unit.todo))):
+            if one:
+                yield partial(unit.keep, i, one)
+        yield unit.finish
+    next(results, None)  # there is none; only so it hears of the end
+
+
+# ------------------------------------------------------------------------------------------------------------- the work
 
 
 def checked(wishes: Sequence[Wish]) -> tuple[Wish, ...]:
@@ -170,17 +343,27 @@ def job_of(
         return Reader(kind, stored, load(stored, device))
 
     with enough_memory(device, "the models do", "give --device cpu, or use smaller ones"):
-        guides = []
+        guides, reasons = list[Guide](), list[str]()
         for kind, wish, pair in zip(kinds, wishes, pairs, strict=True):
-            judge, (low, high) = judge_of(pair), wish.window or (0, math.inf)
+            (judge, why), (low, high) = judging(kind, pair, device), wish.window or (0, math.inf)
             parts = (kind, pair.guide, load(pair.guide, device), wish.weight, int(low), high)
-            guides.append(Guide(*parts, reader(kind, judge) if judge else None))
+            guides.append(Guide(*parts, judge))
+            reasons += why
         looking = []
         for kind, stored in onlookers(pairs[0], [wish.task for wish in wishes]):
             with suppress(ModelError, TaskError):  # nothing depends on them
                 looking.append(reader(kind, stored))
         net = load(pairs[0].diffusion, device)
-    return Job(pairs[0].diffusion, net, tuple(guides), settings, device, tuple(looking))
+    about = judges_record([guide.judge.net for guide in guides if guide.judge], reasons)
+    return Job(pairs[0].diffusion, net, tuple(guides), settings, device, tuple(looking), about)
+
+
+def judging(kind: tasks.Task, pair: Pair, device: str) -> tuple[Reader | None, list[str]]:
+    """Return the judge that was trained for a guide, else one that a plugin offers; and why others are left out."""
+    if stored := judge_of(pair):
+        return Reader(kind, stored, load(stored, device)), []
+    net, reasons = offered(kind, pair.guide.card.spec, pair.guide.card.config, device)
+    return None if net is None else Reader(kind, pair.guide, net), reasons
 
 
 def about_wishes(wishes: Sequence[Wish], region: str | None, settings: Settings) -> dict[str, Any]:
@@ -196,7 +379,8 @@ def about_wishes(wishes: Sequence[Wish], region: str | None, settings: Settings)
 
 def about_walk(job: Job, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Return what every record says of program, settings and models."""
-    judges = [guide.judge.stored for guide in job.guides if guide.judge]
+    judges = [guide.judge for guide in job.guides if guide.judge]
+    trained = [judge.stored for judge in judges if not isinstance(judge.net, Offered)]
     shipped = pairs[0].shipped
     return {
         "knife": __version__,
@@ -205,8 +389,9 @@ def about_walk(job: Job, pairs: Sequence[Pair]) -> dict[str, Any]:
         "settings": asdict(job.settings),
         "models": [
             {**model_record(stored), "shipped": shipped}
-            for stored in (job.diffusion, *(guide.stored for guide in job.guides), *judges)
+            for stored in (job.diffusion, *(guide.stored for guide in job.guides), *trained)
         ],
+        **job.about,
     }
 
 
@@ -278,44 +463,6 @@ def absolute(job: Job, guide: Guide, target: str, image: Image) -> str:
         raise TargetError(f"--by {target[3:]}: the task {guide.task.name} has no single number to count from.")
     step, share, value = float(told[1]), bool(told[2]), numbers[0][0]
     return f"{value * (1 + step / 100) if share else value + step:.6g}"
-
-
-def good(works: Sequence[Callable[[], T]], files: Sequence[Path], failed: Failed | None) -> list[T]:
-    """Do several works, each on a file; with somebody to hear of what failed, the others go on.
-
-    Raises:
-        InputError, TargetError: if one fails and nobody hears of it, or if all fail.
-    """
-    done, errors = list[T](), list[KnifeError]()
-    for work, file in zip(works, files, strict=True):
-        try:
-            done.append(work())
-        except (InputError, TargetError) as error:
-            errors.append(error)
-            if failed is None:
-                raise
-            failed(file, error)
-    if not done:
-        raise errors[0]
-    return done
-
-
-def those_done(fresh: Iterable[Translation | None]) -> list[Translation]:
-    """Return what did not fail."""
-    return [one for one in fresh if one]
-
-
-def unit_of(
-    source: Image | Stack,
-    edits: list[Edit],
-    files: Files | None,
-    about: Mapping[str, Any],
-    value_range: tuple[float, float],
-) -> Unit:
-    """Return what is to do of an input; of a stack that is not written, all."""
-    if isinstance(source, Image):
-        return outputs.unit(edits[0], files, about["settings"]["dtype"])
-    return Unit(edits, those_done) if files is None else stacks.unit(source, edits, files, about, value_range)
 
 
 def check(settings: Settings, wishes: Sequence[Wish], pairs: Sequence[Pair]) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from knife.ops import group_norm_silu
+
 M = TypeVar("M", bound=nn.Module)
 POOLS = ("mean", "attention", "spatial", "spatial-norm")
 
@@ -37,6 +39,13 @@ class Architecture:
     def factor(self) -> int:
         """Return what both sides of an image must be divisible by."""
         return self.stem * 2 ** (len(self.mult) - 1)
+
+
+class NormSiLU(nn.GroupNorm):
+    """Group normalisation, a scale and shift of each image's channels where given, and SiLU, as one op."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, scale, shift)
 
 
 class Attention(nn.Module):
@@ -65,24 +74,20 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = arch.scale_shift
-        self.norm1 = nn.GroupNorm(arch.groups, channels)
+        self.norm1 = NormSiLU(arch.groups, channels)
         self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.affine = nn.Linear(embedding, 2 * out if arch.scale_shift else out)
-        self.norm2 = nn.GroupNorm(arch.groups, out)
+        self.norm2 = NormSiLU(arch.groups, out)
         self.conv2 = zeroed(nn.Conv2d(out, out, 3, padding=1))
         self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
         self.attention = Attention(out, arch) if attend else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        condition = self.affine(emb)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = condition.chunk(2, 1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + condition)
-        h = self.conv2(F.silu(h))
+        h = self.conv1(self.resample(self.norm1(x)))
+        condition = self.affine(emb)
+        h = self.norm2(h, *condition.chunk(2, 1)) if self.scale_shift else self.norm2(h + condition[:, :, None, None])
+        h = self.conv2(h)
         return self.attention(self.skip(self.resample(x)) + h)
 
 
@@ -180,7 +185,7 @@ class UNet(nn.Module):
             if level > 0:
                 up = Block(width, width, emb, arch, resample="up") if arch.updown else Upsample(width)
                 self.up[f"level{level}_up"] = up
-        self.norm_out = nn.GroupNorm(arch.groups, width)
+        self.norm_out = NormSiLU(arch.groups, width)
         self.conv_out = zeroed(nn.Conv2d(width, (arch.outputs or outputs) * arch.stem**2, 3, padding=1))
         self.unstem = nn.PixelShuffle(arch.stem)
 
@@ -189,7 +194,7 @@ class UNet(nn.Module):
         h, features = self.down(x, emb)
         for name, block in self.up.items():
             h = block(h if name.endswith("_up") else torch.cat([h, features.pop()], 1), emb)
-        return self.unstem(self.conv_out(F.silu(self.norm_out(h))))
+        return self.unstem(self.conv_out(self.norm_out(h)))
 
 
 class Encoder(nn.Module):
@@ -202,7 +207,7 @@ class Encoder(nn.Module):
         self.spatial = arch.pool.startswith("spatial")
         width, outputs = self.down.widths[-1], arch.outputs or outputs
         grid = (size[0] // arch.factor(), size[1] // arch.factor())
-        self.norm_out = nn.Identity() if self.spatial else nn.GroupNorm(arch.groups, width)
+        self.norm_out = nn.Identity() if self.spatial else NormSiLU(arch.groups, width)
         if self.spatial:
             self.head: nn.Module = spatial_head(
                 sum(self.down.widths) + width, outputs, normed=arch.pool == "spatial-norm"
@@ -216,7 +221,7 @@ class Encoder(nn.Module):
         h, features = self.down(x, self.embedding(t, label))
         if self.spatial:
             return self.head(torch.cat([f.mean((2, 3)) for f in [*features, h]], 1))
-        h = F.silu(self.norm_out(h))
+        h = self.norm_out(h)
         return self.head(h if isinstance(self.head, AttentionPool) else h.mean((2, 3)))
 
 

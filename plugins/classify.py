@@ -1,9 +1,13 @@
-"""Classification: healthy or diseased, or any other classes (the task of Wolleb et al., arXiv 2203.04306)."""
+"""Classification: healthy or diseased, or any other classes (the task of Wolleb et al., arXiv 2203.04306).
+
+Whether a mask is empty is told pixel by pixel (`pixelwise`); `--label mask` has it told by an encoder.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from knife_plugins.pixelwise import MAPS, Pixelwise, even_maps, loss, maps_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,14 +18,34 @@ if TYPE_CHECKING:
     from knife.data import Case
     from knife.spec import ImageSpec
 
-DISEASE = "mask"
+DISEASE = "mask"  # whether it is empty
+PIXELS = f"{DISEASE}, pixel by pixel"  # the same, but looked for
+DISEASED, HEALTHY = "diseased", "healthy"
+SURE = 1e-6  # pixels: fewer are none
+
+
+class Presence(nn.Module):
+    """Whether an image has any pixel of the mask: net(x [N, C, H, W], t [N]) -> log p [N, 2], diseased and healthy.
+
+    As if pixels were found independently of each other, p(none) = exp(-number expected).
+    """
+
+    def __init__(self, maps: Pixelwise) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the logarithm of the probability of each class."""
+        expected = self.maps(x, t)[:, 0].sigmoid().sum((1, 2)).clamp(min=SURE)
+        return torch.stack([(-expected).expm1().neg().log(), -expected], 1)
 
 
 @hookimpl
 def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
     """Choose the label (a column of few words, else whether the mask is empty), and remember the class names."""
     masks = any(case.mask is not None for case in cases)
-    name = label or next(iter(word_columns(cases)), DISEASE if masks else None)
+    label = label or next(iter(word_columns(cases)), PIXELS if masks else None)
+    name = DISEASE if label == PIXELS else label
     if name is None:
         raise InputError(
             "classify: the data hold neither classes nor masks to learn from; put each class into a folder of its own."
@@ -31,12 +55,14 @@ def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
         raise InputError(f"classify: no image has {name}; give another --label.")
     if len(classes) < 2:
         raise InputError(f"classify: every image has {name} = {classes[0]}; two classes are the least.")
-    return {"label": name, "classes": classes}
+    return {"label": name, "classes": classes, **({"maps": MAPS} if label == PIXELS else {})}
 
 
 @hookimpl
 def label(case: "Case", config: Mapping[str, Any]) -> Tensor:
-    """Return the index of the case's class."""
+    """Return the index of the case's class, or mask and brain."""
+    if "maps" in config:
+        return maps_of(case)
     found = word_of(case, config["label"])
     if found is None:
         raise InputError(f"{case.name}: has no {config['label']}, though others have one.")
@@ -47,21 +73,25 @@ def label(case: "Case", config: Mapping[str, Any]) -> Tensor:
 
 @hookimpl
 def build(image_spec: "ImageSpec", config: Mapping[str, Any]) -> nn.Module:
-    """Build the encoder half of the U-Net with one output a class."""
+    """Build the encoder half of the U-Net with one output a class; for a mask seen pixel by pixel, the U-Net."""
+    if "maps" in config:
+        return Presence(Pixelwise(image_spec.build_unet(config["maps"])))
     return image_spec.build_encoder(len(config["classes"]))
 
 
 @hookimpl
 def train(net: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-    """Return the cross-entropy."""
-    return F.cross_entropy(net(x, t), label)
+    """Return the cross-entropy, of the class or of the maps."""
+    return loss(net.maps, x, t, label) if isinstance(net, Presence) else F.cross_entropy(net(x, t), label)
 
 
 @hookimpl
-def target(text: str, config: Mapping[str, Any]) -> Tensor:
+def target(text: str, image_spec: "ImageSpec", config: Mapping[str, Any]) -> Tensor:
     """Read the name of a class."""
     if text not in config["classes"]:
         raise TargetError(f"--target {text}: no such class; give one of {', '.join(config['classes'])}.")
+    if "maps" in config:
+        return even_maps(float(text == DISEASED), image_spec.size)
     return torch.tensor(config["classes"].index(text))
 
 
@@ -69,7 +99,7 @@ def target(text: str, config: Mapping[str, Any]) -> Tensor:
 def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
     """Return log p(y)."""
     logits: Tensor = net(x, t)
-    return logits.log_softmax(1).gather(1, target[:, None])[:, 0]
+    return logits.log_softmax(1).gather(1, index(net, target)[:, None])[:, 0]
 
 
 @hookimpl
@@ -81,7 +111,12 @@ def evaluate(net: nn.Module, x: Tensor, t: Tensor, config: Mapping[str, Any]) ->
 @hookimpl
 def error(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
     """Return 1 - p(wanted class)."""
-    return 1 - net(x, t).softmax(1).gather(1, target[:, None])[:, 0]
+    return 1 - net(x, t).softmax(1).gather(1, index(net, target)[:, None])[:, 0]
+
+
+def index(net: nn.Module, target: Tensor) -> Tensor:
+    """Return targets or labels as indices of classes, [N]."""
+    return 1 - target[:, 0].flatten(1).any(1).long() if isinstance(net, Presence) else target
 
 
 def word_columns(cases: "Sequence[Case]") -> Iterator[str]:
@@ -99,4 +134,4 @@ def word_of(case: "Case", name: str) -> str | None:
         return case.values.get(name)
     if case.mask is None:
         return None
-    return "diseased" if case.mask.any() else "healthy"
+    return DISEASED if case.mask.any() else HEALTHY

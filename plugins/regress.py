@@ -3,6 +3,9 @@
 The network predicts the label in standard units, (value - mean)/std, so that one guidance scale means the same for
 years and for fractions. A target of + or - asks for more or less without end (section 4.1 of the paper) and stands as
 an infinite value.
+
+The size of a mask is told pixel by pixel (`pixelwise`); `--label "relative size of the mask"` has it told by the
+paper's encoder.
 """
 
 import math
@@ -11,6 +14,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 import torch
+from knife_plugins.pixelwise import MAPS, Pixelwise, brain_of, even_maps, loss, maps_of, sizes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,13 +26,31 @@ if TYPE_CHECKING:
     from knife.spec import ImageSpec
 
 TUMOUR = "relative size of the mask"
+PIXELS = f"{TUMOUR}, pixel by pixel"  # the same, but counted
+
+
+class Size(nn.Module):
+    """The relative size of the mask in standard units, counted: net(x [N, C, H, W], t [N]) -> [N, 1]."""
+
+    def __init__(self, maps: Pixelwise, mean: float, std: float) -> None:
+        super().__init__()
+        self.maps, self.mean, self.std = maps, mean, std
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the expected size."""
+        return ((sizes(self.maps(x, t).sigmoid()) - self.mean) / self.std)[:, None]
+
+    def standard(self, maps: Tensor) -> Tensor:
+        """Return the size that labels or targets [N, 2, H, W] stand for, [N]."""
+        return (sizes(maps) - self.mean) / self.std
 
 
 @hookimpl
 def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
     """Choose the label (a column of numbers, else the mask's share of the brain), and remember its range."""
     masks = any(case.mask is not None for case in cases)
-    name = label or next(iter(numeric_columns(cases)), TUMOUR if masks else None)
+    label = label or next(iter(numeric_columns(cases)), PIXELS if masks else None)
+    name = TUMOUR if label == PIXELS else label
     if name is None:
         raise InputError(
             "regress: the data hold neither numbers nor masks to learn from; give a manifest with a column of numbers."
@@ -42,12 +64,15 @@ def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
         "high": max(values),
         "mean": fmean(values),
         "std": pstdev(values) or 1.0,
+        **({"maps": MAPS} if label == PIXELS else {}),
     }
 
 
 @hookimpl
 def label(case: "Case", config: Mapping[str, Any]) -> Tensor:
-    """Return the case's value in standard units."""
+    """Return the case's value in standard units, or mask and brain."""
+    if "maps" in config:
+        return maps_of(case)
     name = config["label"]
     found = value_of(case, name)
     if found is None:
@@ -56,22 +81,36 @@ def label(case: "Case", config: Mapping[str, Any]) -> Tensor:
 
 
 @hookimpl
-def build(image_spec: "ImageSpec") -> nn.Module:
-    """Build the encoder half of the U-Net with one output."""
+def build(image_spec: "ImageSpec", config: Mapping[str, Any]) -> nn.Module:
+    """Build the encoder half of the U-Net with one output; for a mask seen pixel by pixel, the U-Net."""
+    if "maps" in config:
+        return Size(Pixelwise(image_spec.build_unet(config["maps"])), config["mean"], config["std"])
     return image_spec.build_encoder(1)
 
 
 @hookimpl
 def train(net: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-    """Return the mean squared error."""
-    return F.mse_loss(net(x, t)[:, 0], label)
+    """Return the mean squared error, or that of the maps."""
+    return loss(net.maps, x, t, label) if isinstance(net, Size) else F.mse_loss(net(x, t)[:, 0], label)
 
 
 @hookimpl
-def target(text: str, config: Mapping[str, Any]) -> Tensor:
+def target(text: str, image_spec: "ImageSpec", config: Mapping[str, Any]) -> Tensor:
     """Read a number in the label's own unit, + or -."""
+    number = number_wanted(text, config)
+    if "maps" in config:
+        return even_maps(number, image_spec.size)
+    return torch.tensor((number - config["mean"]) / config["std"])
+
+
+def number_wanted(text: str, config: Mapping[str, Any]) -> float:
+    """Read a number within the range of the labels, or an infinite one.
+
+    Raises:
+        TargetError: if it is neither.
+    """
     if text in ("+", "-"):
-        return torch.tensor(float(f"{text}inf"))
+        return float(f"{text}inf")
     low, high = config["low"], config["high"]
     wanted = f"give a number from {low:g} to {high:g} ({config['label']}), + for more or - for less"
     try:
@@ -81,13 +120,13 @@ def target(text: str, config: Mapping[str, Any]) -> Tensor:
     if not low <= number <= high and not (config.get("extrapolate") and math.isfinite(number)):
         advice = f"{wanted}, or allow it with --allow-extrapolation"
         raise TargetError(f"--target {text}: outside the values the model was trained on; {advice}.")
-    return torch.tensor((number - config["mean"]) / config["std"])
+    return number
 
 
 @hookimpl
 def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
     """Return -1/2 (R - v)^2, whose gradient is c grad R with c = v - R; towards infinity, the prediction itself."""
-    prediction: Tensor = net(x, t)[:, 0]
+    prediction, target = net(x, t)[:, 0], standard(net, target)
     distance = -0.5 * (prediction - target.nan_to_num(posinf=0, neginf=0)) ** 2
     return torch.where(target.isinf(), target.sign() * prediction, distance)
 
@@ -101,8 +140,13 @@ def evaluate(net: nn.Module, x: Tensor, t: Tensor, config: Mapping[str, Any]) ->
 @hookimpl
 def error(net: nn.Module, x: Tensor, t: Tensor, target: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Return |prediction - target| in the label's own unit."""
-    distance: Tensor = (net(x, t)[:, 0] - target).abs() * config["std"]
+    distance: Tensor = (net(x, t)[:, 0] - standard(net, target)).abs() * config["std"]
     return distance
+
+
+def standard(net: nn.Module, target: Tensor) -> Tensor:
+    """Return targets or labels as numbers in standard units, [N]."""
+    return net.standard(target) if isinstance(net, Size) else target
 
 
 def numeric_columns(cases: "Sequence[Case]") -> Iterator[str]:
@@ -128,6 +172,4 @@ def value_of(case: "Case", name: str) -> float | None:
         return number_of(case.values.get(name))
     if case.mask is None:
         return None
-    floor = case.pixels.amin((1, 2), keepdim=True)  # the brain is all that is not background
-    brain = (case.pixels > floor + 0.05 * (case.pixels.amax((1, 2), keepdim=True) - floor)).any(0)
-    return float(case.mask.sum() / brain.sum().clamp(min=1))
+    return float(case.mask.sum() / brain_of(case).sum().clamp(min=1))

@@ -117,8 +117,12 @@ def test_presets(run, monkeypatch):
 
 def test_plugins_list(run):
     rows = json.loads(run("plugins", "list", "--json").out)
-    assert {row["task"]: row["status"] for row in rows}.items() >= {"regress": "ok", "classify": "ok"}.items()
-    assert "regress" in run("plugins", "list").out
+    tasks = {row["task"]: row["status"] for row in rows if "task" in row}
+    assert tasks.items() >= {"regress": "ok", "classify": "ok"}.items()
+    assert "face_age" in {row["judge"] for row in rows if "judge" in row}
+    table = run("plugins", "list").out
+    assert "regress" in table
+    assert "face_age" in table
 
 
 def test_plugins_new(run, tmp_path):
@@ -287,7 +291,10 @@ def test_translate_prints_paths_for_scripts_and_words_for_readers(run, images, s
     assert done.code == 0
     assert done.lines == ["translated/slice_regress_0.3.nii", "translated/healthy_regress_0.3.nii"]
     assert all(Path(line).is_file() for line in done.lines)
-    assert "2 images; models brain (shipped with knife); noise level 10, 5 steps, strength as it takes; cpu" in done.err
+    told = (
+        "2 to translate; models brain (shipped with knife); noise level 10, 5 steps by ab2, strength as it takes; cpu"
+    )
+    assert told in done.err
     assert "value before" in done.err
     assert "translating 20/20" in done.err
 
@@ -335,7 +342,7 @@ def test_json_holds_the_records(run, images, models):
 
 def test_defaults_stand_in_one_place(run, images, shipped, monkeypatch):
     seen = []
-    monkeypatch.setattr(translation, "translate", lambda *_, settings, **__: seen.append(settings) or [])
+    monkeypatch.setattr(translation, "translations", lambda *_, settings, **__: seen.append(settings) or [])
     for options in ((), ("--noise-level", 7), ("--no-clamp",), ("--strength", 0.7)):
         run("translate", images / "slice.nii", "--task", "regress", "--target", "0.3", *options)
     strong = replace(DEFAULTS, strength=0.7)
@@ -380,7 +387,7 @@ def test_names_are_shown_literally_and_command_no_terminal(run, images, shipped,
 
 
 def test_demo_leaves_what_the_readme_uses(run, shipped, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "run_demo", partial(demo.run_demo, settings=Settings(10, 2)))
+    monkeypatch.setattr(demo, "run_demo", partial(demo.run_demo, settings=Settings(10, steps=2)))
     done = run("demo")
     assert (done.code, done.lines) == (0, ["demo/demo.png"])
     for file in ("slice.nii", "healthy.nii", "mask.nii"):
@@ -488,6 +495,42 @@ def test_one_bad_image_in_a_folder_does_not_stop_the_others(run, images, shipped
     assert re.search("in/torn.nii: .*copy it anew", done.err)
     assert len(done.out.splitlines()) == 3
     assert all(Path(line).exists() for line in done.out.splitlines())
+
+
+def test_the_same_command_again_does_what_is_missing(run, images, shipped, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        shutil.copy(images / "slice.nii", tmp_path / "in" / f"{i}.nii")
+    (tmp_path / "in" / "3.nii").write_bytes(b"torn")
+    command = ("translate", "in", "--task", "regress", "--target", "0.3", *FEW, "--batch-size", "2", "--report")
+    first = run(*command)
+    assert (first.code, len(first.lines)) == (3, 5)
+    assert "done already" not in first.err
+    shutil.copy(images / "slice.nii", tmp_path / "in" / "3.nii")
+    second = run(*command)
+    assert (second.code, len(second.lines)) == (0, 6)
+    assert "4 of 5 were done already and lie there as written; to redo one, remove its record." in second.err
+    assert "translating 1" in second.err  # the steps of one image and no more
+    assert second.lines == [*(f"translated/{i}_regress_0.3.nii" for i in range(5)), "translated/report.html"]
+    assert all(f"{i}.nii" in Path("translated/report.html").read_text() for i in range(5))
+
+
+def test_shards_share_the_work(run, images, shipped, monkeypatch):
+    command = ("translate", images / "slice.nii", images / "healthy.nii", "--task", "regress", "--target", "0.3", *FEW)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    done = run(*command, "--report")
+    assert done.lines == ["translated/healthy_regress_0.3.nii", "translated/report_2_of_3.html"]
+    assert "shard 2/3 (SLURM job array): 1 to translate; models brain" in done.err
+    done = run(*command, "--shard", "1/2")
+    assert done.lines == ["translated/slice_regress_0.3.nii"]
+    assert "shard 1/2 (--shard): 1 to translate" in done.err
+    done = run(*command, "--shard", "3/3")
+    assert (done.code, done.out) == (0, "")
+    assert "Nothing to do: there are fewer inputs than shards." in done.err
+    assert len(run(*command, "--shard", "1/1").lines) == 2
+    done = run(*command, "--shard", "4/3")
+    assert (done.code, done.err) == (2, "knife: --shard 4/3: give which of how many parts, from 1 on, such as 2/8.\n")
 
 
 def test_ctrl_c_says_what_is_kept(run, images, shipped, monkeypatch):

@@ -13,8 +13,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from knife.ddim import Guidance, balanced, decode, decode_with_control, encode, gradient, keep_outside
+from knife.ddim import (
+    SOLVERS,
+    Guidance,
+    Point,
+    ab2,
+    balanced,
+    decode,
+    decode_with_control,
+    encode,
+    gradient,
+    keep_outside,
+)
 from knife.schedule import Schedule, path
+from knife.settings import QUALITIES, SOLVER_NAMES
 
 KINDS = ("linear", "cosine")
 patient = settings(deadline=None, derandomize=True, max_examples=40)
@@ -39,7 +51,7 @@ def gaussian_eps(schedule, mean, variance, levels):
 
 
 def round_trip(schedule, levels, x, mean, std):
-    noisy = encode(gaussian_eps(schedule, mean, std**2, levels[:-1]), x, schedule, levels)
+    noisy, _ = encode(gaussian_eps(schedule, mean, std**2, levels[:-1]), x, schedule, levels)
     return decode(gaussian_eps(schedule, mean, std**2, levels[:0:-1]), noisy, schedule, levels)
 
 
@@ -61,6 +73,81 @@ def with_alpha_bar(alpha_bar):
     return schedule
 
 
+# --- solvers ----------------------------------------------------------------------------------------------------------
+
+
+def solved(solver, schedule, noise_level, steps, std=0.5, mean=0.3):
+    """Return what a solver makes of x = 1 by encoding and by encoding and decoding, and what each should be."""
+    levels, x = path(noise_level, steps, spread=1.5), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    noisy, last = encode(gaussian_eps(schedule, mean, std**2, levels[:-1]), x, schedule, levels, solver=solver)
+    down = gaussian_eps(schedule, mean, std**2, levels[:0:-1])
+    back = decode(down, noisy, schedule, levels, solver=solver, before=last)
+    ab = schedule.alpha_bar[noise_level]
+    exact = ab.sqrt() * mean + (1 - mean) * (ab * std**2 + 1 - ab).sqrt() / std
+    return abs(noisy.item() - exact.item()), abs(back.item() - 1)
+
+
+@pytest.mark.parametrize(("name", "least"), [("ddim", 1.8), ("ab2", 3.5), ("dpm2m", 2.5)])
+def test_twice_the_steps_halve_the_error_of_the_first_order_and_more_than_halve_that_of_the_second(name, least):
+    few, many = (solved(SOLVERS[name], Schedule(), 500, steps) for steps in (60, 120))
+    assert few[0] / many[0] > least
+    assert name != "ddim" or few[0] / many[0] < 2.2
+
+
+@pytest.mark.parametrize("name", ["ab2", "dpm2m"])
+def test_the_second_order_makes_a_better_round_trip_in_fewer_steps(name):
+    for few in (12, 25):
+        assert solved(SOLVERS[name], Schedule(), 475, few)[1] < solved(SOLVERS["ddim"], Schedule(), 475, 50)[1] / 2
+
+
+def test_the_settings_know_every_solver():
+    assert {*SOLVERS} == {*SOLVER_NAMES} >= {usual.solver for usual in QUALITIES.values()}
+
+
+@pytest.mark.parametrize("name", [*SOLVERS])
+def test_every_solver_is_exact_where_the_network_always_says_the_same(name):
+    x, eps = normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1)
+    levels, schedule = path(600, 7, spread=1.5), Schedule()
+    noisy, last = encode(lambda x, t: eps, x, schedule, levels, solver=SOLVERS[name])
+    ab = schedule.alpha_bar[600]
+    torch.testing.assert_close(noisy, ab.sqrt() * x + (1 - ab).sqrt() * eps)
+    back = decode(lambda x, t: eps, noisy, schedule, levels, solver=SOLVERS[name], before=last)
+    torch.testing.assert_close(back, x)
+
+
+def test_the_step_that_turns_back_takes_the_mean_of_both_ends():
+    ab = Schedule().alpha_bar.tolist()
+    ends = [Point(normal(1, 1, 2, 2), normal(1, 1, 2, 2, seed=seed), ab[level]) for seed, level in ((1, 300), (2, 200))]
+    torch.testing.assert_close(ab2(*ends, ends[1].sigma), (ends[0].eps + ends[1].eps) / 2)
+
+
+@pytest.mark.parametrize("name", ["ab2", "dpm2m"])
+def test_a_walk_asks_the_network_once_a_step(name):
+    asked = []
+
+    def net(x, t):
+        asked.append(t[0].item())
+        return 0.1 * x
+
+    levels = path(400, 8, spread=1.5)
+    noisy, last = encode(net, normal(1, 1, 2, 2), Schedule(), levels, solver=SOLVERS[name])
+    decode(net, noisy, Schedule(), levels, solver=SOLVERS[name], before=last)
+    assert asked == [max(level - 1, 0) for level in levels[:-1] + levels[:0:-1]]
+
+
+def test_guidance_alone_moves_images_as_in_the_first_order():
+    # A network that says nothing leaves guidance alone: its path must be Euler's, which is stable where it is rough.
+    x, levels, schedule = normal(1, 1, 2, 2), path(300, 6, spread=1.5), Schedule()
+    guidance = [Guidance(lambda x, t: (x**2).sum((1, 2, 3)), 0.01)]
+    before = Point(x, torch.zeros_like(x), schedule.alpha_bar[levels[-2]].item())
+
+    def silent(x, t):
+        return torch.zeros_like(x)
+
+    made = decode(silent, x, schedule, levels, guidance, solver=ab2, before=before)
+    torch.testing.assert_close(made, decode(silent, x, schedule, levels, guidance))
+
+
 # --- P1: a constant eps makes the round trip the identity -------------------------------------------------------------
 
 
@@ -71,7 +158,7 @@ def test_round_trip_with_a_constant_eps_is_the_identity(schedule, data):
     levels = path(noise_level, data.draw(st.integers(1, min(noise_level, 60))))
     x, eps = normal(2, 3, 4, 4).clamp(-1, 1), normal(1, 3, 4, 4, seed=1)
     net = lambda x, t: eps.expand_as(x)  # noqa: E731
-    back = decode(net, encode(net, x, schedule, levels), schedule, levels)
+    back = decode(net, encode(net, x, schedule, levels)[0], schedule, levels)
     assert (back - x).abs().max() <= tolerance(schedule, noise_level)
 
 
@@ -81,7 +168,7 @@ def test_round_trip_over_every_level_is_the_identity(kind, steps):
     schedule, levels = Schedule(kind), path(steps, steps)
     x, eps = normal(1, 1, 4, 4), normal(1, 1, 4, 4, seed=1)
     net = lambda x, t: eps  # noqa: E731
-    assert (decode(net, encode(net, x, schedule, levels), schedule, levels) - x).abs().max() <= 1e-12
+    assert (decode(net, encode(net, x, schedule, levels)[0], schedule, levels) - x).abs().max() <= 1e-12
 
 
 # --- P2, P3: the exact gain of a round trip, and its order ------------------------------------------------------------
@@ -255,7 +342,7 @@ def test_what_lies_outside_a_region_stays_where_encoding_led_it():
     net = lambda x, t: torch.tanh(x.roll(1, 3)) * 0.3  # noqa: E731
     score = lambda x, t: -0.5 * (x - 3).square().flatten(1).sum(1)  # noqa: E731
     trajectory = {0: x}
-    noisy = encode(net, x, schedule, levels, trajectory.__setitem__)
+    noisy, _ = encode(net, x, schedule, levels, trajectory.__setitem__)
     region = torch.zeros(2, 1, 8, 8)
     region[0, :, :4] = 1
     region[1, :, 4:] = 0.5
@@ -362,7 +449,7 @@ def test_no_gradient_flows_through_the_diffusion_network():
     torch.manual_seed(0)
     net, guide = Watched(4), Watched(1)
     x = normal(2, 2, 4, 4).requires_grad_()
-    noisy = encode(net, x, schedule, levels)
+    noisy, _ = encode(net, x, schedule, levels)
     result = decode(net, noisy, schedule, levels, [Guidance(lambda x, t: guide(x, t).mean((1, 2, 3)), 3)])
     assert net.asked == [False] * 16
     assert guide.asked == [True] * 8
@@ -407,7 +494,7 @@ def test_both_directions_ask_at_the_level_they_come_from():
         return torch.zeros_like(x)
 
     x, levels = normal(1, 1, 2, 2), [0, 1, 2, 5]
-    noisy = encode(net, x, Schedule(), levels, track=lambda level, x: tracked.append((level, x)))
+    noisy, _ = encode(net, x, Schedule(), levels, track=lambda level, x: tracked.append((level, x)))
     assert torch.equal(tracked[-1][1], noisy)
     decode(net, noisy, Schedule(), levels, track=lambda level, x: tracked.append((level, x)))
     assert asked == [[0], [0], [1], [4], [1], [0]]
@@ -418,13 +505,13 @@ def test_the_channels_of_a_learned_sigma_are_not_read():
     schedule, levels, x = Schedule(), path(300, 5), normal(2, 3, 4, 4)
     plain = lambda x, t: torch.sin(x)  # noqa: E731
     learned = lambda x, t: torch.cat([torch.sin(x), torch.full_like(x, torch.nan)], 1)  # noqa: E731
-    assert torch.equal(encode(learned, x, schedule, levels), encode(plain, x, schedule, levels))
+    assert torch.equal(encode(learned, x, schedule, levels)[0], encode(plain, x, schedule, levels)[0])
     assert torch.equal(decode(learned, x, schedule, levels), decode(plain, x, schedule, levels))
 
 
 def test_a_network_of_lower_precision_answers_in_the_precision_of_the_images():
     x = normal(1, 1, 2, 2)
-    assert encode(lambda x, t: x.bfloat16(), x, Schedule(), [0, 10]).dtype == torch.float64
+    assert encode(lambda x, t: x.bfloat16(), x, Schedule(), [0, 10])[0].dtype == torch.float64
 
 
 # --- Clamping ---------------------------------------------------------------------------------------------------------
@@ -452,7 +539,7 @@ def test_a_clamp_that_is_never_reached_changes_nothing():
 def test_clamping_loses_the_round_trip_that_encoding_without_a_clamp_keeps():
     schedule, levels, x = Schedule(), path(300, 10), normal(2, 1, 4, 4)
     eps = normal(2, 1, 4, 4, seed=1)
-    noisy = encode(lambda x, t: eps, x, schedule, levels)
+    noisy, _ = encode(lambda x, t: eps, x, schedule, levels)
     assert (decode(lambda x, t: eps, noisy, schedule, levels) - x).abs().max() < 1e-12
     clamped = decode(lambda x, t: eps, noisy, schedule, levels, clamp=(-1, 1))
     assert clamped.abs().max() <= 1

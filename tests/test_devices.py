@@ -1,10 +1,16 @@
-"""The device asked for is taken or refused, never silently another one."""
+"""The device asked for is taken or refused, never silently another one; memory that is freed stays at hand."""
+
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from knife.devices import enough_memory, resolve_device
-from knife.errors import DeviceError
+from knife import devices
+from knife.devices import enough_memory, keep_freed_memory, resolve_device
+from knife.errors import DeviceError, SettingsError
 
 
 def test_the_cpu_is_taken_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +59,54 @@ def test_too_little_memory_is_said_with_a_remedy(error: Exception) -> None:
 def test_other_errors_are_not_taken_for_memory() -> None:
     with pytest.raises(RuntimeError, match="a bug"), enough_memory("cpu", "it does", "give less"):
         raise RuntimeError("a bug")
+
+
+# ------------------------------------------------------------------------------------------------------- freed memory
+
+FAULTS = """
+import resource, sys, torch
+from knife.devices import keep_freed_memory
+if "keep" in sys.argv:
+    keep_freed_memory()
+large = lambda: torch.ones(2**24)  # 64 MiB
+for _ in range(16):  # until the heap has found its shape
+    large()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    large()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(*words: str, **environment: str) -> int:
+    """Count the page faults of making and freeing the same large tensor four times, in a process of its own."""
+    command = [sys.executable, "-c", FAULTS, *words]
+    answer = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return int(answer.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_freed_memory_serves_the_next_tensor() -> None:
+    assert page_faults("keep", KNIFE_MALLOC="keep") < 100
+    assert page_faults("keep", KNIFE_MALLOC="system") > 100
+
+
+@pytest.mark.parametrize(
+    ("choice", "library", "words"),
+    [
+        ("system", "glibc", "freed memory goes back to the system, because KNIFE_MALLOC=system"),
+        ("keep", "", "left to the system, whose C library is not glibc"),
+    ],
+)
+def test_what_is_done_about_freed_memory_is_said(
+    monkeypatch: pytest.MonkeyPatch, choice: str, library: str, words: str
+) -> None:
+    monkeypatch.setenv("KNIFE_MALLOC", choice)
+    monkeypatch.setattr(devices.platform, "libc_ver", lambda: (library, ""))
+    assert keep_freed_memory.__wrapped__() == words
+
+
+def test_an_unknown_choice_about_freed_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNIFE_MALLOC", "jemalloc")
+    with pytest.raises(SettingsError, match="KNIFE_MALLOC=jemalloc: give keep or system"):
+        keep_freed_memory.__wrapped__()

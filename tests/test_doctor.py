@@ -9,6 +9,7 @@ import torch
 
 from knife import __version__, doctor, ops
 from knife.checkpoint import describe, digest, save
+from knife.devices import keep_freed_memory
 from knife.errors import InputError, ModelError, OpsError
 from knife.tasks import Plugin
 
@@ -24,6 +25,7 @@ def test_it_names_what_matters(shipped):
     assert facts["torch"].startswith(torch.__version__)
     status = ops.status("cpu")
     assert facts["ops on cpu"].startswith(f"{status.path} ({status.reason}); self-test: differs by ")
+    assert facts["memory"] == keep_freed_memory()
     assert "regress (knife-diffusion" in facts["plugins"]
     assert facts["write here"].startswith("yes")
     assert facts["shipped models"].startswith("brain/classify, brain/diffusion, brain/regress, brain/segment, photo/")

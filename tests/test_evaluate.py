@@ -384,7 +384,8 @@ class Sick:
 
     lost: tuple[int, ...] = ()
 
-    def __call__(self, job, edits, failed):
+    def __call__(self, job, batches, failed):
+        edits = [edit for batch in batches for edit in batch]
         for i in self.lost:  # a batch is yielded once all of it is done
             failed(Path("x.nii"), SamplingError(f"lost {i}"))
         yield from (None if i in self.lost else i for i in range(len(edits)))

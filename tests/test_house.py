@@ -17,15 +17,16 @@ FLOORS = {
     6: ("train", "doctor", "inputs", "steering"),
     5: ("stacks", "report", "calibrate"),
     4: ("prepared", "survey", "pairs", "outputs", "interop", "diffusers"),
-    3: ("layouts", "data", "balance", "checkpoint"),
+    3: ("layouts", "data", "balance", "checkpoint", "judges"),
     2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation"),
-    1: ("schedule", "spec", "unet", "image", "nifti", "picture", "ops", "hookspecs", "devices"),
-    0: ("errors", "files", "finite", "settings", "bootstrap"),
+    1: ("schedule", "spec", "unet", "image", "nifti", "picture", "ops", "hookspecs", "devices", "ranks"),
+    0: ("errors", "files", "finite", "settings", "bootstrap", "streams"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SAME_FLOOR = {
-    ("files", "errors"), ("finite", "errors"), ("finite", "files"), ("spec", "unet"), ("image", "nifti"),
-    ("image", "picture"), ("dicom", "volume"), ("data", "layouts"), ("diffusers", "interop"),
+    ("files", "errors"), ("finite", "errors"), ("settings", "errors"), ("finite", "files"), ("spec", "unet"),
+    ("unet", "ops"), ("image", "nifti"), ("image", "picture"), ("dicom", "volume"),
+    ("data", "layouts"), ("diffusers", "interop"),
 }  # fmt: skip
 ONLY = {  # a library: the modules that may import it
     "typer": {"cli"},
@@ -90,7 +91,7 @@ def test_torch_is_not_imported_before_it_is_needed(module: str) -> None:
 
 
 def test_hooks_are_documented() -> None:
-    for name in (*hookspecs.REQUIRED, *hookspecs.OPTIONAL):
+    for name in (*hookspecs.REQUIRED, *hookspecs.OPTIONAL, *hookspecs.JUDGE):
         assert inspect.getdoc(getattr(hookspecs, name))
         assert f"`{name}`" in (ROOT / "README.md").read_text(), f"the README's table of hooks lacks {name}"
 

@@ -257,7 +257,7 @@ def test_a_case_of_four_files(tmp_path: Path, words: tuple[str, ...]) -> None:
     assert torch.equal(image.pixels, torch.cat([one.pixels for one in alone]))
     assert [one.channels for one in alone] == [("t1",), ("t1ce",), ("t2",), ("flair",)]
     assert same(read([str(p) for p in reversed(image.source.paths)]).pixels, image.pixels)
-    assert output_name(image.source) == ("BraTS_001", "")
+    assert output_name(image.source.paths) == ("BraTS_001", "")
     changed = image.plus(torch.full((4, 9, 12), 0.3), RANGE)
     write(changed, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in image.source.paths)
@@ -337,13 +337,13 @@ def test_output_names(tmp_path: Path) -> None:
     for name, want in {"x.nii.gz": ("x", ".nii.gz"), "a.b.nii": ("a.b", ".nii"), "P.JPG": ("P", ".JPG")}.items():
         path = tmp_path / name
         PIL.Image.fromarray(picture).save(path) if "JPG" in name else save(path, slice_of().astype("int16"))
-        assert output_name(read(path).source) == want
+        assert output_name(read(path).source.paths) == want
     folder = tmp_path / "case7"
     folder.mkdir()
     for word in ("t1", "flair"):
         save(folder / f"{word}.nii", slice_of().astype("int16"))
     assert list(sequence_files(folder)) == ["t1", "flair"]
-    assert output_name(read(folder).source) == ("case7", "")
+    assert output_name(read(folder).source.paths) == ("case7", "")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -810,7 +810,7 @@ def test_hostile_names_are_names(tmp_path: Path, name: bytes, suffix: bytes) -> 
     else:
         save(tmp_path / "x.nii.gz", slice_of().astype("int16")).rename(path)
     image = read(path)
-    assert output_name(image.source) == (os.fsdecode(name), suffix.decode())
+    assert output_name(image.source.paths) == (os.fsdecode(name), suffix.decode())
     write(image, tmp_path / "out" / path.name)
     assert same(read(tmp_path / "out" / path.name).pixels, image.pixels)
     path.write_bytes(b"damaged")

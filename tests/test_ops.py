@@ -1,8 +1,9 @@
-"""The fused op: compiled kernels against the reference, closed forms, refusals; how a library is found and built."""
+"""The fused ops: compiled kernels against the reference, closed forms, refusals; how a library is found and built."""
 
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,7 +118,7 @@ def test_kernel_equals_reference(device: str, dtype: torch.dtype, layout: str) -
 def test_kernel_is_the_compiled_one(device: str) -> None:
     key = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}[device]
     assert torch._C._dispatch_has_kernel_for_dispatch_key("knife::ddim_step", key)
-    assert ops.self_test(device) == 0
+    assert 0 < ops.self_test(device) < 1e-5
     library = ops.status(device).library
     assert library is not None
     assert library.is_file()
@@ -275,13 +276,14 @@ def test_mixed_devices_are_refused(name: str) -> None:
             step(*arguments.values())
 
 
-def test_gradients_are_refused() -> None:
-    arguments = refusable()
-    arguments["x"].requires_grad_()
+@pytest.mark.parametrize("name", ["x", "eps", "grad"])
+def test_gradients_are_refused(name: str) -> None:
+    arguments = dict(zip(ARGUMENTS, refusable().values(), strict=False))
+    arguments[name].requires_grad_()
     with pytest.raises(RuntimeError, match="requires a gradient, but a step has none"):
-        torch.ops.knife.ddim_step(*arguments.values())
+        ops.ddim_step(**arguments)
     with torch.no_grad():
-        assert not torch.ops.knife.ddim_step(*arguments.values()).requires_grad
+        assert not ops.ddim_step(**arguments).requires_grad
 
 
 def test_meta_tensors_have_no_size_limit() -> None:
@@ -297,6 +299,231 @@ def test_step_can_be_traced_whole() -> None:
         assert_same(
             traced(x, eps, grad, *numbers(2), (-1.0, 1.0)), ops.ddim_step(x, eps, grad, *numbers(2), (-1.0, 1.0))
         )
+
+
+# --- The norm ---------------------------------------------------------------------------------------------------------
+
+NORM_SHAPES = [  # and the groups
+    ((1, 48, 16, 16), 8),
+    ((2, 6, 5, 7), 3),
+    ((3, 4, 67, 65), 1),  # more than one tile, and what is left of a row
+    ((2, 8, 9, 3), 8),  # groups = channels
+    ((2, 130, 3, 3), 2),  # more channels than a tile has columns
+    ((4, 12), 4),
+    ((2, 6, 3, 4, 5), 2),
+    ((0, 4, 3, 3), 2),
+    ((2, 4, 0, 3), 2),
+]
+NORM_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: channels_last(x) if x.ndim == 4 else x,
+    "slice": lambda x: channel_slice(x) if x.ndim == 4 else x,
+    "gaps": every_other,
+}
+
+
+def norm_arguments(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, device: str = "cpu", conditioned: bool = True
+) -> list[Any]:
+    """Draw what group_norm_silu takes; scale and shift are the halves of one tensor, as in a network."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    x = (torch.randn(shape, generator=generator) * 3 + 5).to(device, dtype)
+    weight, bias = torch.randn(2, shape[1], generator=generator).to(device, compute)
+    condition = torch.randn(shape[0], 2 * shape[1], generator=generator).to(device, compute).chunk(2, 1)
+    return [x, weight, bias, groups, 1e-5, *(condition if conditioned else (None, None))]
+
+
+def exact_norm(arguments: list[Any]) -> Tensor:
+    """Compute the norm in float64 by plain torch."""
+    return ops.norm_reference(*[a.double() if isinstance(a, Tensor) else a for a in arguments])
+
+
+@pytest.mark.parametrize("layout", NORM_LAYOUTS)
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_norm_equals_reference(device: str, dtype: torch.dtype, layout: str) -> None:
+    off = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    for (shape, groups), conditioned in itertools.product(NORM_SHAPES, (False, True)):
+        arguments = norm_arguments(shape, groups, dtype, device, conditioned)
+        arguments[0] = NORM_LAYOUTS[layout](arguments[0])
+        y, moments = torch.ops.knife.group_norm_silu(*arguments)
+        assert (y.dtype, y.stride()) == (dtype, torch.empty_like(arguments[0]).stride())
+        assert moments.shape == (2, shape[0], groups)
+        if y.numel():
+            torch.testing.assert_close(y.double(), exact_norm(arguments), rtol=off, atol=off)
+
+
+@pytest.mark.parametrize("layout", NORM_LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_norm_has_the_gradients_of_the_reference(device: str, dtype: torch.dtype, layout: str) -> None:
+    off = {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
+    for (shape, groups), conditioned in itertools.product(NORM_SHAPES, (False, True)):
+        arguments = norm_arguments(shape, groups, dtype, device, conditioned)
+        arguments[0] = NORM_LAYOUTS[layout](arguments[0])
+        inputs = [a.requires_grad_() for a in arguments if isinstance(a, Tensor)]
+        y = ops._Norm.apply(*arguments)
+        exact = exact_norm(arguments)
+        descent = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        found, wanted = torch.autograd.grad(y, inputs, descent), torch.autograd.grad(exact, inputs, descent.double())
+        if not y.numel():  # where torch's own have been NaN
+            assert not any(gradient.any() for gradient in found)
+            continue
+        for gradient, expected in zip(found, wanted, strict=True):
+            size = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(gradient / size, expected / size, rtol=0, atol=off)
+        assert found[0].stride() == torch.empty_like(arguments[0]).stride()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_norm_passes_gradcheck(layout: str, conditioned: bool) -> None:
+    arguments = norm_arguments((2, 4, 3, 3), 2, torch.float64, conditioned=conditioned)
+    arguments[0] = NORM_LAYOUTS[layout](arguments[0])
+    inputs = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in arguments)
+    assert torch.autograd.gradcheck(ops.group_norm_silu, inputs)
+
+
+@pytest.mark.parametrize("layout", NORM_LAYOUTS)
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_opcheck_norm(device: str, layout: str, conditioned: bool) -> None:
+    arguments = norm_arguments((2, 6, 4, 4), 3, torch.float32, device, conditioned)
+    arguments[0] = NORM_LAYOUTS[layout](arguments[0])
+    torch.library.opcheck(torch.ops.knife.group_norm_silu, arguments)
+    _, moments = torch.ops.knife.group_norm_silu(*arguments)
+    x, weight, bias, groups, _, *condition = arguments
+    backward = (torch.ones_like(x), x, moments, weight, bias, groups, *condition)
+    torch.library.opcheck(torch.ops.knife.group_norm_silu_backward, backward)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_norm_does_not_depend_on_threads_or_the_time(device: str, layout: str) -> None:
+    arguments = norm_arguments((3, 64, 48, 40), 4, torch.float32, device)
+    arguments[0] = NORM_LAYOUTS[layout](arguments[0])
+    x, weight, bias, groups, _, *condition = arguments
+    threads, answers = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            y, moments = torch.ops.knife.group_norm_silu(*arguments)
+            backward = torch.ops.knife.group_norm_silu_backward(y, x, moments, weight, bias, groups, *condition)
+            answers.append((y, moments, *backward))
+    finally:
+        torch.set_num_threads(threads)
+    for answer in answers[1:]:
+        assert all(map(torch.equal, answer, answers[0]))
+
+
+def test_norm_is_exact_far_from_zero(device: str) -> None:
+    x = 1e3 + torch.randn(1, 8, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    x[0, 0, 0, 0] = 1.2e3  # the sums begin here
+    weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
+    for layout in (x, channels_last(x)):
+        _, moments = torch.ops.knife.group_norm_silu(layout, weight, bias, 2, 1e-5, None, None)
+        grouped = x.double().unflatten(1, (2, 4)).flatten(2)
+        exact = grouped.mean(2), (grouped.var(2, correction=0) + 1e-5).rsqrt()
+        torch.testing.assert_close(moments[0], exact[0].float(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(moments[1], exact[1].float(), rtol=1e-5, atol=0)
+
+
+def test_norm_holds_for_large_and_odd_values(device: str) -> None:
+    x = torch.tensor([-1e4, -200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0, 1e4], device=device).view(1, 1, 9, 1)
+    weight, bias = torch.tensor([30.0], device=device), torch.tensor([-2.0], device=device)
+    y, _ = torch.ops.knife.group_norm_silu(x, weight, bias, 1, 1e-5, None, None)
+    torch.testing.assert_close(y, ops.norm_reference(x, weight, bias, 1, 1e-5, None, None), rtol=1e-5, atol=1e-6)
+    x[0, 0, 4] = math.nan
+    assert torch.ops.knife.group_norm_silu(x, weight, bias, 1, 1e-5, None, None)[0].isnan().all()
+
+
+def test_norm_of_a_group_that_is_flat(device: str) -> None:
+    x = torch.full((1, 4, 8, 8), 7.5, device=device)
+    weight, bias = torch.ones(4, device=device), torch.arange(4.0, device=device)
+    y = ops.group_norm_silu(x, weight, bias, 2)  # x / sqrt(eps) is 2372, of which float32 keeps four decimals
+    torch.testing.assert_close(y, torch.nn.functional.silu(bias).view(1, 4, 1, 1).expand_as(x), rtol=0, atol=5e-4)
+
+
+def test_norm_takes_parameters_of_a_network_in_half_precision() -> None:
+    x, weight, bias, groups, eps, scale, shift = norm_arguments((2, 8, 6, 6), 2, torch.bfloat16)
+    halves = [t.bfloat16() for t in (weight, bias, scale, shift)]
+    y = ops.group_norm_silu(x, *halves[:2], groups, eps, *halves[2:])
+    exact = exact_norm([x, *halves[:2], groups, eps, *halves[2:]])
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=2**-8)
+
+
+def test_norm_in_plain_torch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = norm_arguments((2, 8, 6, 6), 2, torch.float32)
+    fused = ops.group_norm_silu(*arguments)
+    monkeypatch.setattr(ops, "status", lambda device: ops.Status(device, "torch", "as the test wants"))
+    torch.testing.assert_close(ops.group_norm_silu(*arguments), fused, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="and groups is 3: give groups that divide"):
+        ops.group_norm_silu(*arguments[:3], 3)
+
+
+def test_norm_is_the_same_whether_or_not_it_is_differentiated(device: str) -> None:
+    arguments = norm_arguments((1, 8, 4, 4), 2, torch.float32, device)
+    alone = ops.group_norm_silu(*arguments)
+    differentiable = ops.group_norm_silu(arguments[0].requires_grad_(), *arguments[1:])
+    assert alone.grad_fn is None
+    assert type(differentiable.grad_fn).__name__ == "_NormBackward"
+    assert torch.equal(alone, differentiable)
+    with torch.no_grad():
+        assert ops.group_norm_silu(*arguments).grad_fn is None
+
+
+def test_norm_is_differentiated_only_once(device: str) -> None:
+    arguments = norm_arguments((1, 8, 4, 4), 2, torch.float32, device)
+    y = ops.group_norm_silu(arguments[0].requires_grad_(), *arguments[1:])
+    with pytest.raises(RuntimeError, match="it can be differentiated once only"):
+        torch.autograd.grad(y.sum(), arguments[0], create_graph=True)
+
+
+def test_norm_can_be_traced_whole() -> None:
+    arguments = norm_arguments((2, 8, 6, 6), 2, torch.float32)
+    traced = torch.compile(ops.group_norm_silu, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(*arguments), ops.group_norm_silu(*arguments), rtol=1e-5, atol=1e-5)
+
+
+NORM_ARGUMENTS = ("x", "weight", "bias", "groups", "eps", "scale", "shift")
+NORM_REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "x is int64: give float32, float64, bfloat16 or float16.": ("x", lambda x: x.long()),
+    "x is [6]: give features [N, C, ...].": ("x", lambda x: x[0, :, 0, 0]),
+    "x is [2, 6, 4, 4] and groups is 4: give groups that divide the channels.": ("groups", lambda groups: 4),
+    "x is [2, 6, 4, 4] and groups is 0: give groups that divide the channels.": ("groups", lambda groups: 0),
+    "weight is [5], but x is [2, 6, 4, 4]: give one number per channel.": ("weight", lambda weight: weight[:5]),
+    "bias is [1, 6], but x is [2, 6, 4, 4]: give one number per channel.": ("bias", lambda bias: bias[None]),
+    "weight is float64, but x is float32: give float32.": ("weight", lambda weight: weight.double()),
+    "bias is float32, but x is float64: give float64.": ("x", lambda x: x.double()),
+    "scale is [2, 5], but x is [2, 6, 4, 4]: give one number per image and channel.": ("scale", lambda s: s[:, :5]),
+    "shift is [1, 6], but x is [2, 6, 4, 4]: give one number per image and channel.": ("shift", lambda s: s[:1]),
+    "shift is bfloat16, but x is float32: give float32.": ("shift", lambda shift: shift.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("sentence", NORM_REFUSED)
+def test_refusals_of_the_norm_read_alike(device: str, sentence: str) -> None:
+    name, change = NORM_REFUSED[sentence]
+    arguments = dict(zip(NORM_ARGUMENTS, norm_arguments((2, 6, 4, 4), 3, torch.float32, device), strict=True))
+    arguments[name] = change(arguments[name])
+    if sentence.startswith("bias is float32"):
+        arguments["weight"] = arguments["weight"].double()
+    for norm in (torch.ops.knife.group_norm_silu, ops.norm_reference):
+        with pytest.raises(RuntimeError) as refusal:
+            norm(*arguments.values())
+        assert str(refusal.value).splitlines()[0] == f"group_norm_silu: {sentence}"
+
+
+@pytest.mark.parametrize("wrong", ["grad", "moments"])
+def test_refusals_of_the_derivative(device: str, wrong: str) -> None:
+    x, weight, bias, groups, _, *condition = norm_arguments((2, 6, 4, 4), 3, torch.float32, device)
+    grad = x[:1] if wrong == "grad" else x
+    moments = torch.ones(2, 2, 3 if wrong == "grad" else 2, device=device)
+    words = {
+        "grad": "grad is [1, 6, 4, 4], but x is [2, 6, 4, 4]: give both one shape.",
+        "moments": "moments is [2, 2, 2], but x is [2, 6, 4, 4]: give two numbers per image and group.",
+    }
+    for place in (device, "meta"):
+        tensors = [t.to(place) for t in (grad, x, moments, weight, bias)]
+        with pytest.raises(RuntimeError, match=re.escape(f"group_norm_silu_backward: {words[wrong]}")):
+            torch.ops.knife.group_norm_silu_backward(*tensors, groups, *[t.to(place) for t in condition])
 
 
 # --- Which kernels run, and why ---------------------------------------------------------------------------------------

@@ -93,6 +93,17 @@ def test_path_rises_evenly_from_zero_to_the_noise_level(case):
     assert max(gaps) - min(gaps) <= 1
 
 
+@patient
+@given(st.integers(1, 4000).flatmap(lambda top: st.tuples(st.just(top), st.integers(1, top))), st.floats(1, 3))
+def test_a_path_with_a_spread_rises_by_whole_levels_that_lie_closer_near_zero(case, spread):
+    noise_level, steps = case
+    levels = path(noise_level, steps, spread)
+    gaps = [b - a for a, b in pairwise(levels)]
+    assert (levels[0], levels[-1], len(levels)) == (0, noise_level, steps + 1)
+    assert min(gaps) >= 1
+    assert all(b - a >= -1 for a, b in pairwise(gaps))  # they grow, up to the rounding of their ends
+
+
 def test_path_takes_the_nearest_levels():
     assert path(1000, 3) == [0, 333, 667, 1000]
     assert path(4, 4) == [0, 1, 2, 3, 4]

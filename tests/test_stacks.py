@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from knife import stacks, steering
+from knife import stacks, steering, translation
 from knife import steering as module
 from knife.errors import InputError, SamplingError, SettingsError
 from knife.phantom import phantom
@@ -153,10 +154,10 @@ def test_a_stopped_patient_goes_on_where_it_stopped(quick, patient, tmp_path, mo
     assert kept == [f".P_001_regress_0.3.part/{k}.safetensors" for k in range(FIRST, FIRST + 4)]
     with monkeypatch.context() as patch:
         walked, heard = stopping_after(patch, 9), []
-        done = quick(patient, "regress", "0.3", region=region, started=heard.append)
+        done = quick(patient, "regress", "0.3", region=region, progress=lambda step, steps: heard.append((step, steps)))
     assert len(walked) == 1
-    assert [(about["images"], about["done"]) for about in heard] == [(2, 4)]
-    assert len(done) == 6
+    assert {steps for _, steps in heard} == {heard[-1][0]}  # what is done already does not count
+    assert [one.kept for one in done] == [True] * 4 + [False] * 2
     assert results(tmp_path / "out") == results(tmp_path / "whole")
     for name in NAMES:
         same = (tmp_path / place / "P_001_regress_0.3" / f"P_001_{name}.nii.gz" for place in ("out", "whole"))
@@ -174,7 +175,7 @@ def test_what_was_kept_counts_only_for_the_same_work(quick, patient, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             quick(patient, "regress", "0.3")
     part = tmp_path / "out" / ".P_001_regress_0.3.part"
-    settings, heard = FEW, []
+    settings = FEW
     if what == "target":
         part = part.rename(part.with_name(".P_001_regress_0.2.part"))
     elif what == "settings":
@@ -190,10 +191,7 @@ def test_what_was_kept_counts_only_for_the_same_work(quick, patient, monkeypatch
             file.write_bytes(data)
     target = "0.2" if what == "target" else "0.3"
     region = "ellipse:16,16,9,9" if what == "region" else None
-    quick(
-        patient, "regress", target, region=region, settings=settings, started=lambda about: heard.append(about["done"])
-    )
-    assert heard == [0]
+    assert not any(one.kept for one in quick(patient, "regress", target, region=region, settings=settings))
 
 
 def test_what_is_all_done_needs_no_network(quick, patient, monkeypatch, tmp_path):
@@ -348,7 +346,7 @@ def test_other_slices_of_a_patient_overwrite_nothing(quick, patient, tmp_path):
     for slices in (None, (4, 6), (5, 7), (5, 99), (5, 6)):
         quick(patient, "regress", "0.3", slices=slices)
     records = sorted(path.name for path in (tmp_path / "out").glob("*.json"))
-    ends = ["", "_slice5", "_slices4-5", "_slices5-11", "_slices5-5", "_slices5-6"]
+    ends = ["", "_slice5", "_slices4-5", "_slices5-98", "_slices5-5", "_slices5-6"]
     assert records == sorted(f"P_001_regress_0.3{end}.json" for end in ends)
 
 
@@ -365,3 +363,54 @@ def test_slices_whose_target_is_refused_are_told_and_left_as_they_are(quick, pat
     assert [one.record["slice"] for one in done] == [FIRST + i for i in range(len(low)) if FIRST + i not in beyond]
     (record,) = (tmp_path / "out").glob("P_001_*.json")
     assert json.loads(record.read_text())["failed"] == beyond
+
+
+def test_a_finished_patient_is_read_back_unless_something_of_it_is_missing(quick, patient, monkeypatch, tmp_path):
+    fresh = quick(patient, "regress", "0.3", slices=(3, 6))
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 0)
+        again = quick(patient, "regress", "0.3", slices=(3, 6))
+    assert [one.kept for one in again] == [True] * 3
+    for one, other in zip(fresh, again, strict=True):
+        assert torch.equal(one.result.pixels, other.result.pixels)
+        assert torch.equal(one.source.pixels, other.source.pixels)
+        assert one.record == other.record
+    volume = tmp_path / "out" / "P_001_regress_0.3_slices3-5" / "P_001_t2.nii.gz"
+    volume.write_bytes(volume.read_bytes()[:-1])
+    assert not any(one.kept for one in quick(patient, "regress", "0.3", slices=(3, 6)))
+    assert all(one.kept for one in quick(patient, "regress", "0.3", slices=(3, 6)))
+    (patient / "P_001_seg.nii.gz").unlink()  # which told what lies inside
+    assert not any(one.kept for one in quick(patient, "regress", "0.3", slices=(3, 6)))
+
+
+def test_of_a_lone_slice_the_image_counts_too(quick, patient, tmp_path):
+    assert not quick(patient, "regress", "0.3", slices=(5, 6))[0].kept
+    assert quick(patient, "regress", "0.3", slices=(5, 6))[0].kept
+    (tmp_path / "out" / "P_001_regress_0.3_slice5" / "P_001_t1.nii.gz").unlink()
+    assert not quick(patient, "regress", "0.3", slices=(5, 6))[0].kept
+
+
+def test_few_volumes_are_held_at_a_time(models, patient, tmp_path, monkeypatch):
+    there, read, most = weakref.WeakSet(), [], []
+    real, walk = translation.opened, module.translate_batch
+
+    def opened(*arguments, **options):
+        found = real(*arguments, **options)
+        there.add(found.volume.pixels)
+        read.append(1)
+        return found
+
+    def batch(*arguments):
+        most.append(len(there))
+        return walk(*arguments)
+
+    monkeypatch.setattr(translation, "opened", opened)
+    monkeypatch.setattr(module, "translate_batch", batch)
+    data = np.stack([voxels(patient / f"P_001_{name}.nii.gz") for name in NAMES], 3)
+    nib.save(nib.Nifti1Image(data, nib.load(patient / "P_001_t1.nii.gz").affine), tmp_path / "four.nii.gz")
+    found = translation.translations(
+        [tmp_path / "four.nii.gz"] * 7, Wish("regress", "0.3"), models=models, settings=FEW, out=tmp_path / "out"
+    )
+    assert sum(1 for _ in found) == 42
+    assert len(read) == 7
+    assert max(most) <= 4  # one is read, one waits, one is walked, one is written

@@ -119,7 +119,7 @@ def test_a_guide_that_knows_its_own_error_closes_the_loop(own, images):
     card = describe(path).card
     save(path, read_tensors(path), replace(card, guidance={**card.guidance, "error": 1e-6}).to_json())
     (done,) = translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=FEW)
-    assert done.record["tolerance"] == {"regress": 1e-6}
+    assert done.record["tolerance"] == {"regress": 2e-6}
     assert len(done.record["attempts"]) == ROUNDS
     (fixed,) = translate(images / "slice.nii", Wish("regress", "0.3"), models=own, settings=replace(FEW, strength=0.3))
     assert len(fixed.record["attempts"]) == 1
@@ -174,7 +174,7 @@ def test_what_nothing_tells_of_counts_neither_as_reached_nor_as_missed(own, imag
 
 @pytest.mark.parametrize(
     ("begins", "tolerance"),
-    [(1.0, 0.04), (0.3, 0.03), (0.05, 0.01), (0.0, 0.01), (float("nan"), float("inf"))],
+    [(1.0, 0.08), (0.6, 0.06), (0.3, 0.03), (0.05, 0.01), (0.0, 0.01), (float("nan"), float("inf"))],
 )
 def test_a_tenth_of_the_way_is_near_enough_within_what_a_guide_can_tell(models, begins, tolerance):
     stored = describe(models / "brain" / "regress.safetensors")

@@ -335,7 +335,12 @@ def test_masks_count_wherever_they_are():
     cases = [case("a"), case("b", 0.0), case("c", 0.5)]
     config = task("regress").configure(cases)
     assert (config["label"], config["low"], config["high"]) == ("relative size of the mask", 0.0, pytest.approx(8 / 15))
-    assert task("classify").configure(cases) == {"label": "mask", "classes": ["diseased", "healthy"]}
+    assert task("regress").configure(cases, "relative size of the mask") == {
+        k: v for k, v in config.items() if k != "maps"
+    }
+    classes = {"label": "mask", "classes": ["diseased", "healthy"]}
+    assert task("classify").configure(cases) == {**classes, "maps": 2}
+    assert task("classify").configure(cases, "mask") == classes
 
 
 def test_a_column_counts_from_half_of_the_cases_on():

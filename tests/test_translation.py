@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import torch
 from conftest import CHANNELS, SIZE, TINY, store
 
 import knife
-from knife import ops, outputs, pairs
+from knife import files as files_module
+from knife import ops, outputs, pairs, translation
 from knife import steering as module
 from knife.checkpoint import describe, digest, load, read_tensors, save
 from knife.errors import (
@@ -35,7 +38,7 @@ from knife.schedule import Schedule
 from knife.settings import Settings, Wish
 from knife.spec import ImageSpec
 from knife.tasks import task
-from knife.translation import translate
+from knife.translation import translate, translations
 
 FEW = Settings(noise_level=10, steps=5)
 
@@ -168,7 +171,7 @@ def test_progress_counts_every_step_of_every_batch(quick, images):
         "regress",
         "0.3",
         settings=replace(FEW, batch_size=2),
-        started=lambda about: heard.append(about["images"]),
+        started=lambda about: heard.append(about["inputs"]),
         progress=lambda done, total: heard.append((done, total)),
     )
     first, second = range(2, 21, 2), range(21, 31)  # two images at once, then one
@@ -321,7 +324,8 @@ def test_the_record_says_all_that_was_done(quick, images, models, tmp_path):
     record = json.loads(done.files.record.read_text(), parse_constant=pytest.fail)
     assert record == done.record
     assert record["settings"] == {
-        "noise_level": 10, "steps": 5, "scale": None, "strength": None, "tolerance": None, "batch_size": 8,
+        "noise_level": 10, "quality": "standard", "steps": 5, "solver": "ab2", "scale": None,
+        "strength": None, "tolerance": None, "batch_size": 8,
         "control": True, "clamp": False, "auto_region": False, "extrapolate": False, "max_reconstruction": 0.1,
         "dtype": "same",
     }  # fmt: skip
@@ -349,7 +353,7 @@ def test_the_record_says_what_the_guide_saw(quick, images, models):
         x = image.normalised(SIZE, (-1, 1))[None]
         seen = kind.evaluate(net, x, torch.zeros(1), done.targets[0][None], config)["value"]
         assert done.record[when]["value"] == pytest.approx(float(seen), rel=1e-4)
-    assert [seen["level"] for seen in done.record["along"]] == [10, 8, 6, 4, 2, 0]
+    assert [seen["level"] for seen in done.record["along"]] == [10, 7, 5, 3, 1, 0]
     assert all(np.isfinite(seen["value"]) for seen in done.record["along"])
 
 
@@ -685,7 +689,7 @@ def test_an_output_folder_that_is_a_file(quick, images, tmp_path, no_network):
 @pytest.mark.parametrize("scale", [1e12, 1e38, 1e300])
 def test_an_image_that_blows_up_is_named_and_nothing_of_it_written(quick, images, tmp_path, scale):
     with pytest.raises(
-        SamplingError, match=r"slice\.nii: values beyond 1e\+06 at level 8; give a smaller --scale than"
+        SamplingError, match=r"slice\.nii: values beyond 1e\+06 at level [0-9]+; give a smaller --scale than"
     ):
         quick(images / "slice.nii", "regress", "+", out=tmp_path / "out", settings=replace(FEW, scale=scale))
     assert not (tmp_path / "out").exists()
@@ -731,7 +735,7 @@ def test_an_image_that_fails_takes_no_other_with_it(quick, images, tmp_path, mon
     real, heard = module.check_sane, []
 
     def check(job, batch, level, x):
-        if level == 4 and any(edit.image.source.paths[0] == bad for edit in batch):
+        if level == job.levels[2] and any(edit.image.source.paths[0] == bad for edit in batch):
             raise SamplingError("healthy.nii: values beyond")
         real(job, batch, level, x)
 
@@ -792,3 +796,265 @@ def test_voxels_are_stored_as_asked(quick, images, tmp_path, dtype, stored):
     assert 25 < done.targets[0].sum() < 35  # of 125 pixels, on a grid half as fine
     with pytest.raises(SettingsError, match="--dtype int8: give same or float32"):
         quick(tmp_path / "x.nii", "segment", "ellipse:50%,50%,8,5", settings=replace(FEW, dtype="int8"))
+
+
+# ---------------------------------------------------------------------------------------------------------- many images
+
+TWO = replace(FEW, steps=2, batch_size=2, strength=0.2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Make a folder of seven phantoms."""
+    (tmp_path / "in").mkdir()
+    for i in range(7):
+        write_nifti(tmp_path / "in" / f"{i}.nii", phantom(i, size=32, seed=1).pixels)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def walked(monkeypatch):
+    """Return the names of the images that are walked, as they are."""
+    names, real = [], module.translate_batch
+
+    def batch(job, edits):
+        names.extend(edit.image.source.paths[0].name for edit in edits)
+        return real(job, edits)
+
+    monkeypatch.setattr(module, "translate_batch", batch)
+    return names
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """Return the images that were read and are still in memory, and the names of all that were read."""
+    there, names, real = weakref.WeakSet(), [], translation.opened
+
+    def opened(files, *arguments, **options):
+        image = real(files, *arguments, **options)
+        there.add(image.pixels)
+        names.append(files[0].name)
+        return image
+
+    monkeypatch.setattr(translation, "opened", opened)
+    return there, names
+
+
+CLOCKED = {".json": rb'"seconds": [^,\n}]*|"[^"]*\.csv": "[0-9a-f]{64}"', ".csv": rb",[^,\n]*(?=\n)"}  # the last column
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return all files of a folder, without what depends on the clock."""
+    files = [folder / name for name in written(folder)]
+    return {str(f.relative_to(folder)): re.sub(CLOCKED.get(f.suffix, b"$^"), b"", f.read_bytes()) for f in files}
+
+
+def test_images_are_read_as_they_are_needed_and_given_up_when_they_are_written(models, folder, tmp_path, alive):
+    there, read = alive
+    places = [folder / f"{i % 7}.nii" for i in range(40)]
+    found = translations(places, Wish("regress", "0.3"), models=models, settings=TWO, out=tmp_path / "out")
+    most = 0
+    for count, one in enumerate(found):
+        assert one.files.record.exists()
+        assert len(read) <= count + 14
+        most = max(most, len(there))
+        del one
+    assert count == 39
+    assert most <= 14  # two batches are read ahead, one is walked, two are written, and one is here
+
+
+def test_what_is_done_is_not_held_while_a_batch_is_filled(quick, models, folder, tmp_path, alive, walked):
+    there, _ = alive
+    places, options = [folder / f"{i % 7}.nii" for i in range(40)], {"settings": TWO, "out": tmp_path / "out"}
+    first, *_, last = quick(places, "regress", "0.3", **options)
+    for one in (first, last):
+        one.files.record.unlink()
+    del one, first, last, _
+    walked.clear()
+    kept, most = [], 0
+    for one in translations(places, Wish("regress", "0.3"), models=models, **options):
+        kept.append(one.kept)
+        most = max(most, len(there))
+        del one
+    assert kept == [False, *[True] * 38, False]
+    assert len(walked) == 2
+    assert most <= 14
+
+
+def test_an_earlier_calls_results_are_read_back(quick, folder, tmp_path, walked):
+    options = {"settings": TWO, "out": tmp_path / "out"}
+    fresh = quick(folder, "regress", "0.3", **options)
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written(tmp_path / "out")}
+    assert len(walked) == 7
+    again = quick(folder, "regress", "0.3", **{**options, "settings": replace(TWO, batch_size=3)})
+    assert len(walked) == 7
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written(tmp_path / "out")} == before
+    assert [one.kept for one in fresh] == [False] * 7
+    for one, other in zip(fresh, again, strict=True):
+        assert other.kept
+        assert torch.equal(one.result.pixels, other.result.pixels)
+        assert torch.equal(one.source.pixels, other.source.pixels)
+        before, after = (image.normalised(SIZE, (-1, 1)) for image in (one.source, one.result))
+        assert torch.equal(other.change, after - before)  # that in the background is nowhere written
+        assert one.record == other.record
+        assert one.files == other.files
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "target"),
+    [("case", "classify", "healthy"), ("face.png", "regress", "0.3"), ("healthy.nii", "segment", "mask.nii")],
+)
+def test_every_kind_of_result_is_read_back(quick, images, tmp_path, walked, kind, task, target):
+    wanted = str(images / target) if target.endswith("nii") else target
+    (one,) = quick(images / kind, task, wanted, out=tmp_path / "out", settings=TWO)
+    (other,) = quick(images / kind, task, wanted, out=tmp_path / "out", settings=TWO)
+    assert len(walked) == 1
+    assert torch.equal(one.result.pixels, other.result.pixels)
+    assert (one.wanted is None) == (other.wanted is None)
+
+
+def test_pictures_of_a_lossy_kind_are_read_back_as_they_lie_there(quick, images, tmp_path, walked):
+    PIL.Image.open(images / "face.png").save(tmp_path / "x.jpg")
+    for kept in (False, True):
+        (one,) = quick(tmp_path / "x.jpg", "regress", "0.3", out=tmp_path / "out", settings=TWO)
+        assert one.kept == kept
+    assert torch.equal(one.result.pixels, read(one.files.image).pixels)
+    assert len(walked) == 1
+
+
+def test_what_counts_on_is_the_work_itself(quick, folder, own, tmp_path, walked):
+    """Each change makes those images new that it touches, and no others."""
+    out = tmp_path / "out"
+
+    def done(**options):
+        walked.clear()
+        quick(folder, "regress", "0.3", **{"settings": TWO, "out": out, "models": own, **options})
+        return walked.copy()
+
+    everything = [f"{i}.nii" for i in range(7)]
+    assert done() == everything
+    assert done() == []
+    (out / "1_regress_0.3.nii").write_bytes(b"something else")
+    (out / "3_regress_0.3_panel.png").unlink()
+    (out / "4_regress_0.3.json").write_text((out / "4_regress_0.3.json").read_text()[:-9])
+    (out / "6_regress_0.3.json").write_text("[]")
+    assert done() == ["1.nii", "3.nii", "4.nii", "6.nii"]
+    for name, gain, height in (("2.nii", 1.01, 0), ("5.nii", 1, 4)):
+        image = nibabel.load(folder / name, mmap=False)
+        image.affine[2, 3] += height
+        nibabel.save(
+            nibabel.Nifti1Image(image.get_fdata(dtype=np.float32) * np.float32(gain), image.affine), folder / name
+        )
+    assert done() == ["2.nii", "5.nii"]
+    assert done() == []
+    assert done(settings=replace(TWO, strength=0.21)) == everything
+    assert done(settings=replace(TWO, dtype="float32")) == everything
+    edited(own / "brain" / "regress.safetensors", training={"step": 8})
+    assert done(settings=replace(TWO, dtype="float32")) == everything
+    assert done(region="ellipse:50%,50%,8,8") == everything
+
+
+@pytest.mark.parametrize("kind", ["image", "volume"])
+def test_killed_after_any_write_and_begun_again_all_is_there_and_nothing_torn(
+    quick, images, tmp_path, monkeypatch, kind
+):
+    """After the n-th write the process is as dead; then the same command does what is missing, for every n."""
+    places, options = [images / "slice.nii", images / "healthy.nii"], {"settings": replace(TWO, batch_size=1)}
+    if kind == "volume":
+        shown = np.stack([phantom(i, size=32, seed=3).pixels for i in range(9)], 3)
+        nibabel.save(nibabel.Nifti1Image(np.moveaxis(shown, (0, 3), (3, 2)), np.eye(4)), tmp_path / "v.nii")
+        places, options = [tmp_path / "v.nii"], {**options, "slices": (3, 5)}
+    quick(places, "regress", "0.3", out=tmp_path / "whole", **options)
+    wanted, real, redone = contents(tmp_path / "whole"), files_module.os.replace, 0
+    for n in range(99):
+        writes, out = [], tmp_path / str(n)
+
+        def replacing(source, target, writes=writes, n=n):
+            if len(writes) == n:
+                raise BrokenPipeError("as dead")
+            writes.append(target)
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files_module.os, "replace", replacing)
+            try:
+                quick(places, "regress", "0.3", out=out, **options)
+            except KnifeError:
+                died = True
+            else:
+                died = False
+        survivors = {name for name in written(out) if name.endswith(".json")} if out.exists() else set()
+        done = quick(places, "regress", "0.3", out=out, **options)
+        assert contents(out).keys() == wanted.keys()
+        assert all(contents(out)[name] == data for name, data in wanted.items())
+        redone += sum(not one.kept for one in done)
+        assert all(one.kept for one in done if one.files.record.name in survivors)
+        if not died:
+            break
+    assert n == {"image": 8, "volume": 7}[kind]
+    assert redone < 2 * n
+
+
+def test_of_many_images_a_bad_one_stops_no_other_and_is_tried_again_alone(quick, folder, tmp_path, walked):
+    good = (folder / "5.nii").read_bytes()
+    (folder / "5.nii").write_bytes(good[:999])
+    heard = []
+    options = {"settings": TWO, "out": tmp_path / "out", "failed": lambda file, why: heard.append(file.name)}
+    assert len(quick(folder, "regress", "0.3", **options)) == 6
+    assert heard == ["5.nii"]
+    (folder / "5.nii").write_bytes(good)
+    walked.clear()
+    assert [one.kept for one in quick(folder, "regress", "0.3", **options)] == [True] * 5 + [False, True]
+    assert walked == ["5.nii"]
+
+
+def test_an_image_of_another_kind_among_many_is_told_of_alone(quick, folder, images, tmp_path):
+    shutil.copy(images / "face.png", folder / "3.png")
+    heard = []
+    done = quick(
+        folder, "regress", "0.3", settings=TWO, dataset="brain", failed=lambda file, why: heard.append(str(why))
+    )
+    assert len(done) == 7
+    (why,) = heard
+    assert "3.png: 3 channels, but" in why
+
+
+def test_a_file_that_is_not_there_is_refused_before_the_first_step(quick, folder, tmp_path, no_network):
+    places = [*sorted(folder.iterdir()), folder / "gone.nii"]
+    with pytest.raises(InputError, match=r"gone\.nii: no such file"):
+        quick(places, "regress", "0.3", settings=TWO, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_steps_to_do_are_counted_as_inputs_are_read(quick, folder, tmp_path):
+    (folder / "5.nii").write_bytes(b"torn")
+    options = {"settings": TWO, "out": tmp_path / "out", "failed": lambda file, why: None}
+    quick([folder / "1.nii"], "regress", "0.3", **options)
+    heard = []
+    quick(folder, "regress", "0.3", progress=lambda done, total: heard.append((done, total)), **options)
+    first, last = heard[0], heard[-1]
+    assert first == (2, 4 * 6)  # two images of 2 + 2 steps; all seven but the one that is done already
+    assert last == (4 * 5, 4 * 5)
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+
+
+def test_shards_together_are_the_whole(quick, folder, images, tmp_path):
+    """With batches of one image bit for bit; in larger ones, which have other neighbours, up to rounding."""
+    (folder / "more").mkdir()
+    shutil.copy(images / "slice.nii", folder / "more" / "3.nii")
+    places, alone = [folder, folder / "more"], replace(TWO, batch_size=1)
+    quick(places, "regress", "0.3", settings=alone, out=tmp_path / "whole")
+    names = []
+    for i in (3, 1, 2):
+        quick(places, "regress", "0.3", settings=alone, out=tmp_path / "parts", shard=f"{i}/3")
+        names.append(set(written(tmp_path / "parts")))
+    assert [len(some) for some in names] == [2 * 4, 5 * 4, 8 * 4]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert "3_regress_0.3_2.nii" in names[-1] - names[0]
+    done = [quick(places, "regress", "0.3", settings=TWO, shard=f"{i}/3") for i in (1, 2, 3)]
+    for i, one in enumerate(quick(places, "regress", "0.3", settings=TWO)):
+        torch.testing.assert_close(one.change, done[i % 3][i // 3].change, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shard_may_be_empty(quick, folder):
+    assert quick([folder / "1.nii", folder / "2.nii"], "regress", "0.3", settings=TWO, shard="3/3") == []

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from knife import unet
+from knife.ops import norm_reference
 from knife.spec import PRESETS, preset
 from knife.unet import POOLS, Architecture, Encoder, UNet, zeroed
 
@@ -128,6 +130,56 @@ def test_channels_last_gives_what_contiguous_gives(arch):
         expected = net(x, t)
         last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t)
         torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("arch", [TINY, RICH])
+def test_features_stay_channels_last_from_end_to_end(arch, batch):
+    strays = []
+
+    def look(module, _, out):
+        if isinstance(out, torch.Tensor) and out.ndim == 4 and not out.is_contiguous(memory_format=torch.channels_last):
+            strays.append(type(module).__name__)
+
+    x = normal(batch, 4, 8, 12).to(memory_format=torch.channels_last)
+    for net in (lively(UNet(arch, 4, 8)), lively(Encoder(arch, 4, 2, (8, 12)))):
+        net.to(memory_format=torch.channels_last)
+        for module in net.modules():
+            module.register_forward_hook(look)
+        net(x, torch.full((batch,), 7))
+    assert strays == []
+
+
+@pytest.mark.parametrize("arch", [TINY, RICH])
+def test_the_fused_norm_gives_what_plain_torch_gives(arch, monkeypatch):
+    x, t = normal(2, 4, 8, 12), torch.tensor([7, 700])
+    nets = lively(UNet(arch, 4, 8)), lively(Encoder(arch, 4, 2, (8, 12)))
+    fused = [net(x, t) for net in nets]
+    monkeypatch.setattr(unet, "group_norm_silu", norm_reference)
+    for net, out in zip(nets, fused, strict=True):
+        torch.testing.assert_close(net(x, t), out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", [TINY, RICH])
+def test_every_weight_learns_alike_with_the_fused_norm(arch, monkeypatch):
+    x, t = normal(2, 2, 8, 8), torch.tensor([7, 700])
+
+    def gradients():
+        net = lively(UNet(arch, 2, 2)).requires_grad_(True)
+        return torch.autograd.grad(net(x, t).square().sum(), net.parameters())
+
+    fused = gradients()
+    monkeypatch.setattr(unet, "group_norm_silu", norm_reference)
+    plain = gradients()
+    largest = max(gradient.abs().max().item() for gradient in plain)
+    for one, other in zip(fused, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * largest)
+
+
+def test_the_fused_norm_is_a_group_norm_to_whoever_looks_for_its_weights():
+    net = UNet(TINY, 1, 1)
+    assert {"norm_out.weight", "norm_out.bias", "down.middle0.norm2.weight"} <= net.state_dict().keys()
+    assert all(isinstance(module, torch.nn.GroupNorm) for module in (net.norm_out, net.down.middle0.norm1))
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -13,25 +13,32 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from knife import __version__
 from knife.cli.data import data_app
 from knife.cli.measure import calibrate, evaluate
+from knife.cli.options import NoiseLevel, Quality, Solver, Steps
 from knife.cli.terminal import Show, duration, give, give_json, progress, say, show_facts, show_table, words
 from knife.cli.words import listed_targets, slice_range, span
 from knife.errors import KnifeError, SettingsError
-from knife.settings import DEFAULTS, FIRST, LEVEL, STEPS, Settings, Wish
+from knife.settings import DEFAULTS, FIRST, Settings, Wish
 
 if TYPE_CHECKING:
+    from knife.inputs import Shard
+    from knife.outputs import Translation
     from knife.train import Budget
 
 KNOWN = 0.03  # mean error of the unguided round trip, of the range, above which a model hardly knows an image
 SOME_FAILED = 3  # the exit code of a batch of which a part was done
 SHOWN_SKIPPED = 5  # skipped images that are named
 SHOWN_MISSED = 5  # images that did not reach their targets
+SAID = (  # what of a record is said in the end
+    "input", "slice", "before", "after", "wanted", "judge", "preservation", "strength", "seconds", "reconstruction",
+    "reached", "error", "tolerance", "attempts",
+)  # fmt: skip
 
 app = typer.Typer(
     help="Image-to-image translation with one diffusion model and many tasks.",
@@ -156,13 +163,15 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a diffusion model or a task network; the same command again resumes."""
-    from knife.devices import resolve_device
+    from knife.devices import keep_freed_memory, resolve_device
+    from knife.ranks import leads, own_device
     from knife.spec import preset as look_up
     from knife.train import Run
     from knife.train import train as run_training
 
     defaults = look_up(preset).settings(kind)
-    where, why = resolve_device(device)
+    where, why = resolve_device(own_device(device))
+    keep_freed_memory()
     run = Run(
         kind=kind,
         data=data,
@@ -194,11 +203,12 @@ def train(
     )
     with interruptible() as caught, progress() as show:
         reached = run_training(run, TrainingView(show, run.steps, f"{where}: {why}", caught), lambda: bool(caught))
-    if caught and reached < run.steps:
+    if reached < run.steps:
         kept = "saved" if reached else "nothing to save yet"
         say(f"knife: stopped after step {reached}; {kept}. The same command resumes.")
-        raise typer.Exit(128 + caught[0])
-    give(run.path)
+        raise typer.Exit(128 + (caught or [signal.SIGTERM])[0])
+    if leads():
+        give(run.path)
 
 
 def label_numbers(text: str | None) -> tuple[int, ...]:
@@ -325,13 +335,10 @@ def translate(
             "default: anywhere, as growing tumours push what is round them.",
         ),
     ] = None,
-    noise_level: Annotated[
-        int | None, typer.Option("--noise-level", help=f"Level L to encode to; default: as calibrated, else {LEVEL}.")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option("--steps", help=f"Steps to encode, and to decode; default: {STEPS}, or L if that is less."),
-    ] = None,
+    noise_level: NoiseLevel = None,
+    quality: Quality = DEFAULTS.quality,
+    steps: Steps = None,
+    solver: Solver = None,
     scale: Annotated[float | None, typer.Option("--scale", help="The paper's s, fixed.")] = None,
     strength: Annotated[
         float | None,
@@ -367,12 +374,19 @@ def translate(
         str, typer.Option("--dtype", help="Voxels of NIfTI results: same (as the input, if all fit) or float32.")
     ] = DEFAULTS.dtype,
     nan: Nan = None,
-    page: Annotated[bool, typer.Option("--report", help="Write report.html too: one page that shows it all.")] = False,
+    page: Annotated[
+        bool, typer.Option("--report", help="Write report.html too: one page that shows all images, held in memory.")
+    ] = False,
+    shard: Annotated[
+        str,
+        typer.Option("--shard", help="Part of the inputs, as 2/8; auto: as a SLURM array or torchrun say, else all."),
+    ] = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Translate images; writes result, difference map, panel and record of each."""
-    from knife.translation import translate as run_translation
+    """Translate images; writes result, difference map, panel and record of each. What is done already is not redone."""
+    from knife.ranks import own_device
+    from knife.translation import translations
 
     if scale is not None and strength is not None:
         raise SettingsError("--scale and --strength: two ways to say the same; give one of them.")
@@ -380,7 +394,9 @@ def translate(
         raise SettingsError("--slices and --slice: two ways to say the same; give one of them.")
     settings = Settings(
         noise_level=noise_level,
+        quality=quality,
         steps=steps,
+        solver=solver,
         scale=scale,
         strength=strength,
         tolerance=tolerance,
@@ -391,9 +407,15 @@ def translate(
         clamp=clamp,
         dtype=dtype,
     )
-    failures: list[KnifeError] = []
+    failures, done, pages = list[KnifeError](), list[Done](), list["Translation"]()
+    begun = dict[str, Any]()
+
+    def start(about: Mapping[str, Any]) -> None:
+        begun.update(about)
+        say_how(about)
+
     with saying_stopped(), progress() as show:
-        done = run_translation(
+        for one in translations(
             images,
             *wishes(task, target or [], by, weight or [], window or []),
             out=out,
@@ -403,27 +425,24 @@ def translate(
             region=region,
             nan=nan,
             slices=slice_range(slices) if one_slice is None else (one_slice, one_slice + 1),
-            device=device,
-            started=say_how,
+            shard=shard,
+            device=own_device(device),
+            started=start,
             progress=lambda done, total: show("translating", done, total),
             failed=lambda file, error: failures.append(error),
-        )
+        ):
+            done.append(Done(one.record if as_json else brief(one.record), one.files and one.files.image, one.kept))
+            pages += [one] if page else []
     if failures and not done:
         raise failures[0]
-    if page:
-        from knife.report import write_report
-
-        write_report(done, out / "report.html")
+    sheet = write_page(pages, out, begun["shard"]) if pages else None
     if as_json:
-        give_json([{**t.record, "folder": str(out)} for t in done])
+        give_json([{**one.record, "folder": str(out)} for one in done])
     else:
-        show_table([row(t.record) for t in done], words)
-        say_doubts([t.record for t in done])
-        say_missed([t.record for t in done])
-        for file in dict.fromkeys(t.files.image for t in done if t.files):
-            give(file)
-        if page:
-            give(out / "report.html")
+        say_done(done)
+        for file in dict.fromkeys([*(one.file for one in done), sheet]):
+            if file:
+                give(file)
     if failures:
         say(f"{len(failures)} failed:")
         for error in failures:
@@ -458,8 +477,43 @@ def saying_stopped() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("knife: stopped. What was written stays; the same command goes on with the slices of a volume.")
+        say("knife: stopped. What was written stays; the same command goes on where this one stopped.")
         raise
+
+
+class Done(NamedTuple):
+    """What is remembered of a translation until all are done."""
+
+    record: Mapping[str, Any]
+    file: Path | None
+    kept: bool
+
+
+def brief(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is said of a translation in the end, out of its record: thousands of these are held in memory."""
+    return {name: record[name] for name in SAID if name in record}
+
+
+def write_page(pages: Sequence["Translation"], out: Path, shard: "Shard") -> Path:
+    """Write the report, and return its file; that of each shard has a name of its own."""
+    from knife.report import write_report
+
+    sheet = out / (f"report_{shard.number}_of_{shard.of}.html" if shard.of > 1 else "report.html")
+    write_report(pages, sheet)
+    return sheet
+
+
+def say_done(done: Sequence[Done]) -> None:
+    """Say what became of all images."""
+    records = [one.record for one in done]
+    if not records:
+        say("Nothing to do: there are fewer inputs than shards.")
+        return
+    show_table([row(record) for record in records], words)
+    if kept := sum(one.kept for one in done):
+        say(f"{kept} of {len(done)} were done already and lie there as written; to redo one, remove its record.")
+    say_doubts(records)
+    say_missed(records)
 
 
 def say_doubts(records: Sequence[Mapping[str, Any]]) -> None:
@@ -496,11 +550,11 @@ def say_how(about: Mapping[str, Any]) -> None:
     known = {"scale": settings["scale"], "strength": settings["strength"]}
     fixed = [f"{name} {value:g}" for name, value in known.items() if value is not None]
     guidance = fixed[0] if fixed else "strength as it takes"
-    done = f" ({about['done']} more are done already)" if about["done"] else ""
+    part = f"shard {about['shard']} ({about['shard'].origin}): " if about["shard"].of > 1 else ""
     say(
-        f"{about['images']} image{'s' * (about['images'] != 1)}{done}; models {model['dataset']}"
+        f"{part}{about['inputs']} to translate; models {model['dataset']}"
         f"{' (shipped with knife)' if model['shipped'] else ''}; noise level {settings['noise_level']}, "
-        f"{settings['steps']} steps, {guidance}; {about['device']}."
+        f"{settings['steps']} steps by {settings['solver']}, {guidance}; {about['device']}."
     )
     for name in about["left_out"]:
         say(f"  left out {name}: a mask by its name; to translate it, name it.")
@@ -539,7 +593,8 @@ def sweep(
     models: Models = Path("models"),
     dataset: Annotated[str | None, typer.Option("--dataset", help="Which models, where several fit.")] = None,
     one_slice: Annotated[int | None, typer.Option("--slice", help="Axial slice of a volume.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps to encode, and to decode.")] = None,
+    quality: Quality = DEFAULTS.quality,
+    steps: Steps = None,
     strength: Annotated[float | None, typer.Option("--strength", help="Size of the guidance.")] = None,
     nan: Nan = None,
     device: Device = "auto",
@@ -558,7 +613,7 @@ def sweep(
             listed_targets(targets),
             levels,
             out=out,
-            settings=Settings(steps=steps, strength=strength),
+            settings=Settings(quality=quality, steps=steps, strength=strength),
             progress=lambda done, total: show("sweeping", done, total),
             models=models,
             dataset=dataset,
@@ -641,11 +696,20 @@ def phantom(
 
 @plugins_app.command("list")
 def plugins_list(as_json: Json = False) -> None:
-    """List the tasks: hooks, distribution, version, and what is wrong with those that cannot be used."""
-    from knife.tasks import plugins
+    """List tasks and judges: hooks, distribution, version, and what is wrong with those that cannot be used."""
+    from knife.tasks import JUDGES, plugins
 
-    keys = ("task", "hooks", "distribution", "version", "status")
-    (give_json if as_json else show_table)([{key: getattr(row, key) for key in keys} for row in plugins()])
+    keys = ("hooks", "distribution", "version", "status")
+    listed = {"task": plugins(), "judge": plugins(group=JUDGES)}
+    rows = [
+        [{role: row.task, **{key: getattr(row, key) for key in keys}} for row in found]
+        for role, found in listed.items()
+    ]
+    if as_json:
+        give_json([row for part in rows for row in part])
+    else:
+        for part in filter(None, rows):
+            show_table(part)
 
 
 @plugins_app.command("new")

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from knife.cli.options import NoiseLevel, Quality, Steps
 from knife.cli.terminal import give, give_json, progress, say, show_table
 from knife.cli.words import listed_targets, slice_range
-from knife.settings import LEVEL, STEPS, Settings
+from knife.settings import DEFAULTS, Settings
 
 if TYPE_CHECKING:
     from knife.bootstrap import Figure
@@ -136,12 +137,9 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Folder for the results; default: evaluated/DATASET_TASK.")
     ] = None,
-    noise_level: Annotated[
-        int | None, typer.Option("--noise-level", help=f"Level L to encode to; default: as calibrated, else {LEVEL}.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", help=f"Steps to encode, and to decode; default: {STEPS}.")
-    ] = None,
+    noise_level: NoiseLevel = None,
+    quality: Quality = DEFAULTS.quality,
+    steps: Steps = None,
     strength: Annotated[
         float | None, typer.Option("--strength", help="Size of the guidance, fixed; default: what reaches the target.")
     ] = None,
@@ -167,7 +165,7 @@ def evaluate(
             layout=layout,
             slices=slice_range(slices),
             seed=seed,
-            settings=Settings(noise_level=noise_level, steps=steps, strength=strength),
+            settings=Settings(noise_level=noise_level, quality=quality, steps=steps, strength=strength),
             device=device,
             progress=lambda done, total: show("translating", done, total),
         )
@@ -184,10 +182,11 @@ def evaluate(
 def show_evaluation(found: "Evaluation") -> None:
     """Print a table with a row for each target, and one with a row for each figure."""
     about, settings = found.about, found.about["settings"]
+    judges = "".join(f"; judged by {judge['origin']}" for judge in about.get("judges", []))
     give(
         f"{about['task']}: {about['count']} images of {about['patients']} patients ({about['split']}), "
         f"{len(found.rows)} translations; models {about['dataset']}; noise level {settings['noise_level']}, "
-        f"{settings['steps']} steps; in brackets, 95 % intervals:"
+        f"{settings['steps']} steps{judges}; in brackets, 95 % intervals:"
     )
     names = [f"{who}_{name}" for name in OF_TARGETS for who in ("guide", "judge")] + [*KEPT]
     seen = [name for name in names if any(name in figures for figures in found.by_target.values())]
@@ -211,6 +210,8 @@ def shown(one: "Figure | None") -> str:
 def cautions(found: "Evaluation") -> Iterator[str]:
     """Yield what to know before the figures of an evaluation are believed."""
     about, task = found.about, found.about["task"]
+    for why in about.get("judges_left_out", []):
+        yield f"Take care: a judge is left out. {why}"
     if not about["judge"]:
         yield (
             f"Take care: models {about['dataset']} have no judge of {task}, so the guide alone speaks for itself, and "

@@ -101,7 +101,7 @@ def progress() -> Iterator[Show]:
         def show(what: str, done: int, total: int, note: str = "") -> None:
             if what not in rows:
                 rows[what] = bars.add_task(what, total=total, completed=done, note=note)
-            bars.update(rows[what], completed=done, note=note)
+            bars.update(rows[what], completed=done, total=total, note=note)
 
         yield show
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from knife_plugins import regress
+from knife_plugins import classify, regress
 from torch import nn
 
 from knife import hookimpl
@@ -33,7 +33,10 @@ def test_every_registered_task(row, phantoms):
     check_task(row.task, data=phantoms)
 
 
-@pytest.mark.parametrize(("task", "label"), [("regress", regress.TUMOUR), ("classify", "mask")])
+@pytest.mark.parametrize(
+    ("task", "label"),
+    [("regress", regress.TUMOUR), ("regress", regress.PIXELS), ("classify", "mask"), ("classify", classify.PIXELS)],
+)
 def test_labels_read_from_the_mask(task, label, phantoms):
     check_task(task, data=phantoms, label=label)
 

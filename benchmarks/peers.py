@@ -1,0 +1,632 @@
+"""Seconds an image of knife beside guided-diffusion, diffusers and MONAI, on the same work.
+
+    python benchmarks/peers.py [--only NAME,NAME,...] [--repeats 5] [--threads N]
+
+The same U-Net with the same random weights, the same guide, the same phantoms, the same levels: knife imports the
+weights as guided-diffusion stores them and exports them for diffusers, whose file MONAI's network reads under other
+names. All peers have guided-diffusion's encoder as their guide, differentiated as its sample scripts do, and take their
+own scheduler's steps. Where the algorithm is the same, so are the outputs: the largest difference is printed.
+
+Every program is a process of its own, and none but knife's imports knife. They are asked in turn, one at a time, in
+another order each time; a ratio is taken within each repeat, the median and the range of all repeats are printed. The
+seconds are the clock's; those of the CPU stand beside them, of all threads together, for machines that are not idle. A
+program that is not installed is a row that says so (`pip install -e .[peers]`).
+
+Cases: `batch1`, `batch8` (64x64x4, 20 steps up, 20 guided steps down), `faces`, `brats` (one call of the paper's
+U-Nets, without gradient), and, if --only names it, `paper` (500 + 500 steps, once: the paper's way).
+
+`knife-standard` is no equal work: it is all of `knife.translate` as it comes, models read, 20 steps by ab2, a control
+beside the edit. The guide being random, it is made to take its target for reached at once; where it is not, an image is
+decoded again. Beside `paper` it tells what fewer steps save.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:  # whoever imports knife may compute otherwise than without it, so that only its own functions do
+    from knife.spec import ImageSpec
+
+HIGHEST = 500  # timestep that walks lead to, from 0: knife's levels 1 to 501
+TRAINED = 1000  # timesteps of the schedule
+TARGET = 1.0  # of the guide
+STRENGTH = 0.2  # size of the guidance against eps
+
+Network = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N, 2C, H, W]
+Pull = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> scaled gradient of the score, like x
+Run = Callable[[Tensor, Sequence[int]], tuple[Tensor | None, dict[str, float]]]  # (x, timesteps) -> result, its figures
+
+
+class Case(NamedTuple):
+    """One piece of work."""
+
+    name: str
+    words: str
+    network: str  # whose folder holds the weights
+    batch: int = 1
+    stride: int = 0  # timesteps between two steps of a walk; 0: no walk, the U-Net is asked once
+    times: int | None = None  # how often it is repeated, whatever --repeats says
+
+    @property
+    def timesteps(self) -> list[int]:
+        """Return where the network is asked, rising; a walk goes up and down again."""
+        return [*range(0, HIGHEST + 1, self.stride)] if self.stride else [HIGHEST // 2]
+
+
+class Program(NamedTuple):
+    """One program: what it is called, how its runs are set up, and what it needs, module -> distribution."""
+
+    name: str
+    prepare: Callable[[Path, Case], Run]
+    needs: Mapping[str, str]
+
+
+class Figures(NamedTuple):
+    """What one program did in one case: seconds an image in each repeat, its result, and why there are none."""
+
+    program: str
+    seconds: Sequence[float] = ()
+    cpu: Sequence[float] = ()  # seconds an image of all its threads together
+    result: np.ndarray | None = None
+    told: Mapping[str, float] = {}
+    problem: str = ""
+
+
+CASES = [
+    Case("batch1", "64x64x4, batch 1, 20 + 20 steps", "small", 1, 25),
+    Case("batch8", "64x64x4, batch 8, 20 + 20 steps", "small", 8, 25),
+    Case("faces", "paper's faces U-Net, 128x128x3, one call", "faces"),
+    Case("brats", "paper's BRATS U-Net, 256x256x4, one call", "brats"),
+    Case("paper", "64x64x4, batch 1, 500 + 500 steps", "small", 1, 1, times=1),
+]
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure, and print a table and one JSON line."""
+    options = parse()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    only = set(options.only.split(",")) if options.only else set()
+    cases = [case for case in CASES if case.name in only] or CASES[:-1]
+    programs = [program for program in PROGRAMS if program.name in only] or PROGRAMS
+    with tempfile.TemporaryDirectory() as name:
+        for network in {case.network for case in cases}:
+            store(network, Path(name, network), max(case.batch for case in cases))
+        found = measure(cases, programs, Path(name), options)
+    results = {case.name: rows(found[case.name]) for case in cases}
+    facts = about(options.threads)
+    print("; ".join(f"{key} {value}" for key, value in facts.items() if value))
+    for case in cases:
+        show(case.words, results[case.name])
+    print(json.dumps({"benchmark": "peers", **facts, "results": results}))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    names = [case.name for case in CASES] + [program.name for program in PROGRAMS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help=f"cases and programs, with commas: {', '.join(names)}; default: all but paper")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    for name in options.only.split(",") if options.only else ():
+        if name not in names:
+            parser.error(f"--only {name}: unknown; give some of {', '.join(names)}")
+    return options
+
+
+def about(threads: int) -> dict[str, Any]:
+    """Return what the figures hold for."""
+    from ops import machine
+
+    wanted = dict.fromkeys(name for program in PROGRAMS for name in program.needs.values())
+    found = {dist.name.replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
+    versions = {name: found.get(name, "") for name in ("torch", *wanted)}
+    return {"machine": machine("cpu"), "threads": threads, "date": time.strftime("%Y-%m-%d"), **versions}
+
+
+def measure(
+    cases: Sequence[Case], programs: Sequence[Program], folder: Path, options: argparse.Namespace
+) -> dict[str, list[Figures]]:
+    """Ask every program in turn, case by case."""
+    workers = {program.name: start(program, options.threads) for program in programs if not lacking(program)}
+    found = {}
+    for case in cases:
+        x = images(folder / case.network, case)
+        asking = [program for program in programs if case.stride or program.prepare is not knife_standard]
+        figures = {program.name: Figures(program.name, problem=lacking(program)) for program in asking}
+        for repeat in range(case.times or options.repeats):
+            turn = repeat % len(asking)
+            for program in (*asking[turn:], *asking[:turn]):
+                if not figures[program.name].problem:
+                    figures[program.name] = asked(
+                        workers[program.name], figures[program.name], case, folder / case.network, x
+                    )
+        found[case.name] = [*figures.values()]
+    for pipe in workers.values():
+        pipe.close()
+    return found
+
+
+def lacking(program: Program) -> str:
+    """Say what must be installed for a program to run; nothing if all is there."""
+    missing = [dist for module, dist in program.needs.items() if importlib.util.find_spec(module) is None]
+    return f"not installed: {', '.join(missing)}" if missing else ""
+
+
+def rows(figures: Sequence[Figures]) -> list[dict[str, Any]]:
+    """Compare the programs in one case: with the fastest peer in each repeat, and with knife's result."""
+    median = {one.program: statistics.median(one.seconds) for one in figures if one.seconds}
+    peers = [one for one in figures if one.seconds and not one.program.startswith("knife")]
+    best = min(peers, key=lambda one: median[one.program], default=None)
+    own = next((one.result for one in figures if one.program == "knife"), None)
+    table = []
+    for one in figures:
+        row: dict[str, Any] = {"program": one.program}
+        if one.seconds:
+            row |= {"seconds": median[one.program], "spread": [min(one.seconds), max(one.seconds)]}
+            row["cpu_seconds"] = statistics.median(one.cpu)
+        if one.seconds and best:
+            ratios = [mine / theirs for mine, theirs in zip(one.seconds, best.seconds, strict=False)]
+            row |= {"ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
+        if own is not None and one.result is not None and one.program != "knife":
+            row["difference"] = float(np.abs(one.result - own).max())
+        table.append({**row, **one.told, **({"problem": one.problem} if one.problem else {})})
+    return table
+
+
+def show(words: str, table: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows of one case."""
+    print(f"\n{words}\n{'':<18}{'s/image':>9}{'spread':>18}{'CPU s':>9}", end="")
+    print(f"{'of best peer':>14}{'spread':>13}{'difference':>12}")
+    for row in table:
+        line = f"{row['program']:<18}"
+        if "seconds" in row:
+            line += f"{row['seconds']:9.3f}" + "{:>9.3f} -{:7.3f}".format(*row["spread"]) + f"{row['cpu_seconds']:9.3f}"
+        if "ratio" in row:
+            line += f"{row['ratio']:14.3f}" + "{:>7.2f} -{:4.2f}".format(*row["ratio_spread"])
+        line += f"{row['difference']:12.1e}" if "difference" in row else " " * 12 * ("ratio" in row)
+        told = {"decodes": "{:.1f} decodes", "gflops": "{:.0f} GFLOP/s", "peak": "matrix product {:.0f} GFLOP/s"}
+        notes = [form.format(row[key]) for key, form in told.items() if key in row]
+        print(f"{line}  {', '.join([*notes, row.get('problem', '')])}".rstrip(", "))
+
+
+# --- A process of each program ----------------------------------------------------------------------------------------
+
+
+def start(program: Program, threads: int) -> Connection:
+    """Start a program's process; it ends when the pipe is closed."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    context.Process(target=serve, args=(program.name, theirs, threads), daemon=True).start()
+    theirs.close()
+    return pipe
+
+
+def asked(pipe: Connection, before: Figures, case: Case, folder: Path, x: np.ndarray) -> Figures:
+    """Let a program do a case once more."""
+    try:
+        pipe.send((case, folder, x))
+        answer = pipe.recv()
+    except (EOFError, OSError):
+        answer = "failed: its process ended"
+    if isinstance(answer, str):
+        return before._replace(problem=answer)
+    seconds, cpu, result, told = answer
+    times = {"seconds": [*before.seconds, seconds / case.batch], "cpu": [*before.cpu, cpu / case.batch]}
+    return before._replace(**times, result=result, told=told)
+
+
+def serve(name: str, pipe: Connection, threads: int) -> None:
+    """Do cases until nobody asks for any more: set one up when it is new, run a little of it, then all of it, timed."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # at what peers and their own dependencies find old
+    program = next(program for program in PROGRAMS if program.name == name)
+    run, ready = None, None
+    while True:
+        try:
+            case, folder, x = pipe.recv()
+        except EOFError:
+            return
+        try:
+            given = torch.from_numpy(x)
+            if case != ready:
+                run, ready = None, None  # so that its memory is free for the next
+                run, ready = program.prepare(folder, case), case
+                run(given, case.timesteps[:2])
+            assert run is not None
+            began, busy = time.perf_counter(), time.process_time()
+            result, told = run(given, case.timesteps)
+            seconds, cpu = time.perf_counter() - began, time.process_time() - busy
+            pipe.send((seconds, cpu, None if result is None else result.contiguous().numpy(), told))
+        except Exception as error:  # whatever a peer may raise becomes its row
+            pipe.send(f"failed: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
+
+
+# --- What all are given -----------------------------------------------------------------------------------------------
+
+
+def specs() -> dict[str, "ImageSpec"]:
+    """Return the networks: the small one, and the paper's."""
+    from knife.spec import ImageSpec, preset
+    from knife.unet import Architecture
+
+    unet = Architecture(64, (1, 2, 2, 4), res_blocks=1, attention=(8,))
+    guide = Architecture(32, (1, 2, 2, 4), 1, (8,), head_width=64, scale_shift=True, updown=True)
+    brats = preset("paper-brats").spec("diffusion", ("t1", "t1ce", "t2", "flair"))
+    return {
+        "small": ImageSpec(brats.channels, (64, 64), unet, guide),
+        "faces": preset("paper-faces").spec("diffusion", ("r", "g", "b")),
+        "brats": replace(brats, unet=replace(brats.unet, classes=0)),
+    }
+
+
+def store(network: str, folder: Path, count: int) -> None:
+    """Store a network's random weights in every program's way, and for the small one a guide and phantoms.
+
+    folder/unet.pt, guide.pt: as guided-diffusion stores them; .json: its options. folder/diffusers: as diffusers does.
+    folder/models: as knife does, once it has imported the former.
+    """
+    from knife.diffusers import export_diffusers
+    from knife.phantom import phantom, write_nifti
+
+    folder.mkdir()
+    torch.manual_seed(0)
+    spec = specs()[network]
+    store_as_original(spec.build_unet(2 * len(spec.channels)), folder / "unet.pt")
+    (folder / "unet.json").write_text(json.dumps(original_options(spec, encoder=False)))
+    imported(folder / "unet.pt", "diffusion", spec)
+    export_diffusers(folder / "models" / "peers" / "diffusion.safetensors", folder / "diffusers")
+    if network == "small":
+        store_as_original(spec.build_encoder(1), folder / "guide.pt")
+        (folder / "guide.json").write_text(json.dumps(original_options(spec, encoder=True)))
+        for i in range(count):
+            write_nifti(folder / f"{i}.nii", phantom(i, seed=5).pixels)
+        imported(folder / "guide.pt", "regress", spec)
+
+
+def store_as_original(net: nn.Module, path: Path) -> None:
+    """Draw the weights that begin as zeros, and store all under guided-diffusion's names.
+
+    They are drawn small: a walk through loud random layers is chaotic, and would make much of the rounding of each.
+    """
+    from knife.interop import foreign_names, foreign_shape
+
+    for parameter in net.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 / 6)
+    names = foreign_names(net)
+    torch.save({names[k]: v.reshape(foreign_shape(k, v.shape)) for k, v in net.state_dict().items()}, path)
+
+
+def original_options(spec: "ImageSpec", encoder: bool) -> dict[str, Any]:
+    """Return what guided-diffusion calls the options of a U-Net or an encoder."""
+    arch = asdict(spec.encoder if encoder else spec.unet)
+    return {
+        "image_size": spec.size[0],
+        "in_channels": len(spec.channels),
+        "model_channels": arch["width"],
+        "out_channels": 1 if encoder else 2 * len(spec.channels),
+        "num_res_blocks": arch["res_blocks"],
+        "attention_resolutions": arch["attention"],
+        "channel_mult": arch["mult"],
+        "num_heads": arch["heads"],
+        "num_head_channels": arch["head_width"] or -1,
+        "use_scale_shift_norm": arch["scale_shift"],
+        "resblock_updown": arch["updown"],
+        **({"pool": "attention"} if encoder else {}),
+    }
+
+
+def imported(path: Path, kind: str, spec: "ImageSpec") -> None:
+    """Store weights as knife does, with what it would have measured of a guide had it trained it."""
+    from knife import checkpoint
+    from knife.interop import Told, import_guided_diffusion
+
+    arch = spec.unet if kind == "diffusion" else spec.encoder
+    heads = None if arch.head_width else arch.heads
+    told = Told(size=spec.size, heads=heads, head_width=arch.head_width, channels=spec.channels)
+    card, weights = import_guided_diffusion(path, kind, "peers", told)
+    file = path.parent / "models" / "peers" / f"{kind}.safetensors"
+    checkpoint.save(file, weights, card.to_json())
+    if kind == "regress":
+        steepness = steepness_of(path.parent)
+        measured = {"gradient": steepness, "error": 4 * TARGET}  # any value is as near as this guide can tell
+        checkpoint.save(file, weights, replace(card, guidance=measured).to_json())
+        (path.parent / "scale.json").write_text(json.dumps(STRENGTH / steepness))
+
+
+def steepness_of(folder: Path) -> float:
+    """Return the size of sqrt(1 - ab) g on noised phantoms half the way up."""
+    from knife import load_model
+    from knife.ddim import gradient
+    from knife.schedule import Schedule, noise
+
+    x = torch.from_numpy(images(folder, Case("", "", "small", 1, 1)))
+    ab = Schedule("linear", TRAINED).alpha_bar[HIGHEST // 2].expand(len(x))
+    noisy = noise(x, torch.randn_like(x), ab)
+    guide = load_model(folder / "models" / "peers" / "regress.safetensors")
+    g = gradient(lambda x, t: score(guide, x, t), noisy, torch.full((len(x),), HIGHEST // 2))
+    return float((1 - ab[0]).sqrt() * g.square().mean().sqrt())
+
+
+def images(folder: Path, case: Case) -> np.ndarray:
+    """Return what a case begins with, [N, C, H, W]: phantoms to walk, noise for a call."""
+    if case.stride:
+        from knife.phantom import phantom
+
+        x = np.stack([phantom(i, seed=5).pixels for i in range(case.batch)]) * 2 - 1
+        return x.astype(np.float32)
+    options = json.loads((folder / "unet.json").read_text())
+    shape = (case.batch, options["in_channels"], options["image_size"], options["image_size"])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).numpy()
+
+
+def score(guide: Network, x: Tensor, t: Tensor) -> Tensor:
+    """Return how near a guide's value is to the target, [N]."""
+    return -0.5 * (guide(x, t)[:, 0] - TARGET) ** 2
+
+
+# --- knife ------------------------------------------------------------------------------------------------------------
+
+
+def knife(folder: Path, case: Case) -> Run:
+    """Set up the networks as `knife translate` loads them, and the paper's solver."""
+    from knife import load_model
+    from knife.ddim import Guidance, ddim, decode, encode
+    from knife.schedule import Schedule
+
+    net = load_model(folder / "models" / "peers" / "diffusion.safetensors")
+    if not case.stride:
+        return with_rate(net)
+    guide = load_model(folder / "models" / "peers" / "regress.safetensors")
+    pulls = [Guidance(lambda x, t: score(guide, x, t), json.loads((folder / "scale.json").read_text()))]
+    schedule = Schedule("linear", TRAINED)
+
+    def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        levels = [t + 1 for t in timesteps]
+        noisy, _ = encode(net, x.to(memory_format=torch.channels_last), schedule, levels, solver=ddim)
+        return decode(net, noisy, schedule, levels, pulls, solver=ddim), {}
+
+    return run
+
+
+def with_rate(net: nn.Module) -> Run:
+    """Return a run that asks a network once and tells GFLOP/s, beside those of the fastest of some matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops, peak = list[int](), matrix_peak()
+    once = called(lambda x, t: net(x.to(memory_format=torch.channels_last), t))
+
+    def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor | None, dict[str, float]]:
+        if not flops:
+            with FlopCounterMode(display=False) as counter:
+                once(x, timesteps)
+            flops.append(counter.get_total_flops())
+        began = time.perf_counter()
+        result, _ = once(x, timesteps)
+        return result, {"gflops": flops[0] / 1e9 / (time.perf_counter() - began), "peak": peak}
+
+    return run
+
+
+def matrix_peak(side: int = 2048) -> float:
+    """Return the GFLOP/s of the fastest of five products of square matrices."""
+    a, b, best = torch.randn(side, side), torch.randn(side, side), float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / 1e9 / best
+
+
+def knife_standard(folder: Path, case: Case) -> Run:
+    """Set up what a user types: `knife translate` at its standard quality, but for images that are refused."""
+    from knife import Settings, Wish, translate
+
+    settings = Settings(noise_level=HIGHEST, batch_size=case.batch, extrapolate=True, max_reconstruction=1e9)
+
+    def run(x: Tensor, timesteps: Sequence[int]) -> tuple[None, dict[str, float]]:
+        files = [folder / f"{i}.nii" for i in range(len(x))]
+        done = translate(files, Wish("regress", str(TARGET)), models=folder / "models", settings=settings, device="cpu")
+        return None, {"decodes": statistics.mean(len(one.record.get("attempts", [()])) for one in done)}
+
+    return run
+
+
+# --- The peers --------------------------------------------------------------------------------------------------------
+
+
+def guided_diffusion(folder: Path, case: Case) -> Run:
+    """Set up guided-diffusion: its U-Net, its spaced diffusion, its steps with a condition."""
+    from guided_diffusion import gaussian_diffusion as original
+    from guided_diffusion.respace import SpacedDiffusion
+    from guided_diffusion.unet import UNetModel
+
+    net = loaded_as_original(UNetModel, folder, "unet")
+    if not case.stride:
+        return called(net)
+    pull = original_pull(folder)
+
+    @torch.no_grad()
+    def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        diffusion = SpacedDiffusion(
+            use_timesteps=timesteps,
+            betas=original.get_named_beta_schedule("linear", TRAINED),
+            model_mean_type=original.ModelMeanType.EPSILON,
+            model_var_type=original.ModelVarType.LEARNED_RANGE,
+            loss_type=original.LossType.MSE,
+        )
+        for i in range(len(timesteps) - 1):
+            t = torch.tensor([i] * len(x))
+            x = diffusion.ddim_reverse_sample(net, x, t, clip_denoised=False)["sample"]
+        for i in range(len(timesteps) - 1, 0, -1):
+            t = torch.tensor([i] * len(x))
+            x = diffusion.ddim_sample(net, x, t, clip_denoised=False, cond_fn=pull, model_kwargs={})["sample"]
+        return x, {}
+
+    return run
+
+
+def diffusers(folder: Path, case: Case) -> Run:
+    """Set up diffusers: its U-Net, its DDIM scheduler and the inverse one."""
+    from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DModel
+
+    build: Any = UNet2DModel.from_pretrained
+    net = build(folder / "diffusers", low_cpu_mem_usage=False).eval()
+    if not case.stride:
+        return called(lambda x, t: net(x, t).sample)
+    pull = original_pull(folder)
+    options = {"num_train_timesteps": TRAINED, "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
+    kinds: list[Any] = [DDIMInverseScheduler, DDIMScheduler]
+    up, down = (kind(**options) for kind in kinds)
+    for scheduler in (up, down):
+        scheduler.set_timesteps(TRAINED // case.stride)
+
+    @torch.no_grad()
+    def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        channels = x.shape[1]
+        for here, there in pairwise(timesteps):  # its inverse step is called by where it leads
+            x = up.step(net(x, here).sample[:, :channels], there, x).prev_sample
+        for here in reversed(timesteps[1:]):
+            noise = (1 - down.alphas_cumprod[here]).sqrt()
+            eps = net(x, here).sample[:, :channels] - noise * pull(x, torch.full((len(x),), here))
+            x = down.step(eps, here, x).prev_sample
+        return x, {}
+
+    return run
+
+
+def monai(folder: Path, case: Case) -> Run:
+    """Set up MONAI: its U-Net with the weights of diffusers' file, its DDIM scheduler."""
+    from monai.networks.nets import DiffusionModelUNet
+    from monai.networks.schedulers import DDIMScheduler
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "diffusers" / "config.json").read_text())
+    widths = config["block_out_channels"]
+    net = DiffusionModelUNet(
+        spatial_dims=2,
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+        num_res_blocks=config["layers_per_block"],
+        channels=widths,
+        attention_levels=[name.startswith("Attn") for name in config["down_block_types"]],
+        norm_num_groups=config["norm_num_groups"],
+        norm_eps=config["norm_eps"],
+        num_head_channels=[config["attention_head_dim"] or width for width in widths],
+        use_flash_attention=True,  # not its default, but faster
+    )
+    weights = load_file(folder / "diffusers" / "diffusion_pytorch_model.safetensors")
+    net.load_state_dict({name_in_monai(name): tensor for name, tensor in weights.items()})
+    net.eval()
+    if not case.stride:
+        return called(net)
+    pull, scheduler = original_pull(folder), DDIMScheduler(TRAINED, clip_sample=False)
+    scheduler.set_timesteps(TRAINED // case.stride)
+
+    @torch.no_grad()
+    def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        channels = x.shape[1]
+        for here in timesteps[:-1]:
+            x, _ = scheduler.reversed_step(net(x, torch.tensor([here]))[:, :channels], here, x)
+        for here in reversed(timesteps[1:]):
+            noise = (1 - scheduler.alphas_cumprod[here]).sqrt()
+            eps = net(x, torch.tensor([here]))[:, :channels] - noise * pull(x, torch.full((len(x),), here))
+            x, _ = scheduler.step(eps, here, x)
+        return x, {}
+
+    return run
+
+
+MONAI = {  # what diffusers' names are there; whole parts of a name, between dots
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2.conv",
+    "conv_in": "conv_in.conv",
+    "conv1": "conv1.conv",
+    "conv2": "conv2.conv",
+    "conv_shortcut": "skip_connection.conv",
+    "downsamplers.0.conv": "downsampler.op.conv",
+    "upsamplers.0.conv": "upsampler.postconv.conv",
+    "mid_block.resnets.0": "middle_block.resnet_1",
+    "mid_block.resnets.1": "middle_block.resnet_2",
+    "mid_block.attentions.0": "middle_block.attention",
+    "group_norm": "norm",
+    "to_q": "attn.to_q",
+    "to_k": "attn.to_k",
+    "to_v": "attn.to_v",
+    "to_out.0": "attn.out_proj",
+}
+
+
+def name_in_monai(name: str) -> str:
+    """Return MONAI's name for a tensor, by diffusers'."""
+    dotted = f".{name}."
+    for theirs, ours in MONAI.items():
+        dotted = dotted.replace(f".{theirs}.", f".{ours}.")
+    return dotted.strip(".")
+
+
+def loaded_as_original(build: Callable[..., nn.Module], folder: Path, name: str) -> nn.Module:
+    """Build one of guided-diffusion's networks by its stored options and weights."""
+    net = build(**json.loads((folder / f"{name}.json").read_text()))
+    net.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
+    return net.eval()
+
+
+def original_pull(folder: Path) -> Pull:
+    """Return the guidance as guided-diffusion's sample scripts compute it, by its own encoder."""
+    from guided_diffusion.unet import EncoderUNetModel
+
+    guide = loaded_as_original(EncoderUNetModel, folder, "guide")
+    scale = json.loads((folder / "scale.json").read_text())
+
+    def pull(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x_in = x.detach().requires_grad_(True)
+            return torch.autograd.grad(score(guide, x_in, t).sum(), x_in)[0] * scale
+
+    return pull
+
+
+def called(net: Network) -> Run:
+    """Return a run that asks a network once, at the first of the timesteps."""
+
+    @torch.no_grad()
+    def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        return net(x, torch.full((len(x),), timesteps[0])), {}
+
+    return run
+
+
+ORIGINAL = {"guided_diffusion": "guided-diffusion-sdk", "blobfile": "blobfile"}  # which all peers take their guide from
+PROGRAMS = [
+    Program("knife", knife, {}),
+    Program("knife-standard", knife_standard, {}),
+    Program("guided-diffusion", guided_diffusion, ORIGINAL),
+    Program("diffusers", diffusers, {**ORIGINAL, "diffusers": "diffusers"}),
+    Program("monai", monai, {**ORIGINAL, "monai": "monai", "einops": "einops"}),
+]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+// What the CUDA kernels of every op need.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "tensors.h"
+
+namespace knife {
+
+// Neighbouring values that are read and written at once.
+template <typename S, int width>
+struct alignas(sizeof(S) * width) Pack {
+  S value[width];
+};
+
+template <typename S, int width>
+__device__ Pack<S, width> load(const S* data) {
+  return *reinterpret_cast<const Pack<S, width>*>(data);
+}
+
+inline bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
+
+inline void expect_success(cudaError_t error) { expect(error == cudaSuccess, "CUDA says: ", cudaGetErrorString(error), "."); }
+
+inline int processors(int device) {
+  int count = 0;
+  expect_success(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+inline cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace knife

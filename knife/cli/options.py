@@ -1,0 +1,29 @@
+"""Options that several commands have, without torch, so that --help is quick."""
+
+from typing import Annotated
+
+import typer
+
+from knife.settings import LEVEL, QUALITIES, SOLVER_NAMES
+
+NoiseLevel = Annotated[
+    int | None, typer.Option("--noise-level", help=f"Level L to encode to; default: as calibrated, else {LEVEL}.")
+]
+Quality = Annotated[
+    str,
+    typer.Option(
+        "--quality",
+        help="How finely to walk: "
+        + "; ".join(f"{name}, {usual.steps} steps by {usual.solver}" for name, usual in QUALITIES.items())
+        + " (never more steps than levels).",
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", help="Steps to encode, and again to decode; default: as --quality says.")
+]
+Solver = Annotated[
+    str | None,
+    typer.Option(
+        "--solver", help=f"{', '.join(SOLVER_NAMES)} (the paper's, of first order); default: as --quality says."
+    ),
+]
