@@ -19,7 +19,7 @@ class Quality(NamedTuple):
 
 
 SOLVER_NAMES = ("ab2", "dpm2m", "ddim")
-QUALITIES = {"draft": Quality(10, "ab2"), "standard": Quality(20, "ab2"), "paper": Quality(1000, "ddim")}
+QUALITIES = {"draft": Quality(20, "ab2"), "standard": Quality(50, "ab2"), "paper": Quality(1000, "ddim")}
 STANDARD = QUALITIES["standard"]
 
 
