@@ -21,10 +21,9 @@ from torch import Tensor
 
 from knife import panel
 from knife.ddim import SOLVERS
+from knife.settings import LEVEL, STRENGTH
 
 WANTED = 0.08  # tumour size, relative to the brain
-STRENGTH = 0.2
-LEVEL = 475
 STEPS = "5,10,20,50,100,475"
 
 

@@ -31,7 +31,7 @@ class Pixelwise(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the logits of both maps."""
-        logits: Tensor = self.unet(x, t)[:, :2]
+        logits: Tensor = self.unet(x, t)[:, :MAPS]
         return logits
 
 
