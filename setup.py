@@ -22,17 +22,18 @@ def extensions() -> list[Extension]:
     try:
         import torch
 
-        from knife import ops
+        from knife import native
+        from knife.errors import OpsError
     except Exception as problem:  # no torch in an isolated build, or one that does not load
         print(f"knife: ops are left to be compiled on first use: {problem}", file=sys.stderr)
         return []
     found = []
     for device in ["cpu", "cuda"] if torch.version.cuda else ["cpu"]:
         try:
-            ops.compiler(device)
-            sources = [f"csrc/{source.name}" for source in ops.sources(device)]
-            found.append(Extension(f"knife.{ops.library_name(device)}", sources, optional=True))
-        except ops.OpsError as problem:
+            native.compiler(device)
+            sources = [f"csrc/{source.name}" for source in native.sources(device)]
+            found.append(Extension(f"knife.{native.library_name(device)}", sources, optional=True))
+        except OpsError as problem:
             warnings.warn(f"knife: installed without compiled ops: {problem}", stacklevel=1)
     return found
 
@@ -42,14 +43,15 @@ class BuildOps(build_ext):
 
     def build_extension(self, extension: Any) -> None:
         """Compile one library; if that fails, warn and go on without."""
-        from knife import ops
+        from knife import native
+        from knife.errors import OpsError
 
         library = Path(self.get_ext_fullpath(extension.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        device = next(device for device in ops.SOURCES if extension.name == f"knife.{ops.library_name(device)}")
+        device = next(device for device in native.SOURCES if extension.name == f"knife.{native.library_name(device)}")
         try:
-            ops.build(device, library)
-        except ops.OpsError as problem:
+            native.build(device, library)
+        except OpsError as problem:
             warnings.warn(f"knife: installed without compiled ops: {problem}", stacklevel=1)
 
 

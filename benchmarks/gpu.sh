@@ -31,7 +31,7 @@ gpu_ops() {
     local small="($compared) and cuda and float32 and (contiguous or slice)"
     local test=(python3 -m pytest -q -p no:cacheprovider tests/test_ops.py)
     say "which kernels run"
-    python3 -c 'from knife import ops; [print(ops.status(d), ops.self_test(d)) for d in ops.SOURCES]'
+    python3 -c 'from knife import native, ops; [print(ops.status(d), ops.self_test(d)) for d in native.SOURCES]'
     say "tests"
     timeout 240 "${test[@]}" -rs
     for tool in memcheck racecheck; do

@@ -18,12 +18,8 @@ counts the processor's time instead of the clock's, where others share it. The l
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knife import ops
+from knife.bench import gigabytes, machine, medians, step_and_copy
 from knife.devices import keep_freed_memory
 
 SIZES = ((1, 4, 64, 64), (1, 4, 256, 256), (16, 4, 256, 256))
@@ -57,6 +54,7 @@ Calls = dict[str, Callable[[], Any]]
 def main() -> None:
     """Measure every size and print a table and one JSON line."""
     options = parse()
+    options.clock = time.process_time if options.cpu_time else time.perf_counter
     torch.manual_seed(0)
     keep_freed_memory()
     status = ops.status(torch.device(options.device).type)
@@ -85,41 +83,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def machine(device: str) -> str:
-    """Name the processor or GPU that is measured."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def measure(size: tuple[int, int, int, int], options: argparse.Namespace) -> dict[str, Any]:
     """Time a step of one size beside its rivals; GB/s count four passes."""
     dtype = getattr(torch, options.dtype)
     x, grad = torch.randn(2, *size, device=options.device).to(dtype)
     output = torch.randn(size[0], 2 * size[1], *size[2:], device=options.device).to(dtype)
-    median = medians(rivals(x, output, grad), options)
-    gigabytes = 4 * x.numel() * x.element_size() / 1e9
-    rates = {"step_gbs": gigabytes / median["step"], "copy_gbs": gigabytes / median["copy"]}
+    median = medians(rivals(x, output, grad), options.repeats, options.device, options.clock)
+    rates = {f"{name}_gbs": gigabytes(x) / median[name] for name in ("step", "copy")}
     times = {f"{name}_us": value * 1e6 for name, value in median.items()}
     return {"size": list(size), "of_copy": median["copy"] / median["step"], **rates, **times}
 
 
 def rivals(x: Tensor, output: Tensor, grad: Tensor) -> Calls:
     """Set up the step, the copy of as many bytes, and the step as others take it."""
-    images = x.shape[0]
-    alpha_bar = torch.full((images,), 0.5, dtype=torch.float64, device=x.device)
-    alpha_bar_next, scale = alpha_bar + 0.01, alpha_bar * 6
-    source = torch.randn(2 * images, *x.shape[1:], device=x.device).to(x.dtype)
-    target = torch.empty_like(source)
-    eps = output[:, : x.shape[1]]
-    calls: Calls = {
-        "step": lambda: ops.ddim_step(x, eps, grad, alpha_bar, alpha_bar_next, scale),
-        "copy": lambda: target.copy_(source),
-        "three_lines": three_lines(x, eps, grad, alpha_bar, alpha_bar_next, scale),
-    }
-    return calls | guided_diffusion(x, output, grad)
+    numbers = torch.tensor([[0.5], [0.51], [3.0]], dtype=torch.float64, device=x.device).expand(3, len(x))
+    lines = three_lines(x, output[:, : x.shape[1]], grad, *numbers)
+    return step_and_copy(x, output, grad) | {"three_lines": lines} | guided_diffusion(x, output, grad)
 
 
 def three_lines(x: Tensor, eps: Tensor, grad: Tensor, *numbers: Tensor) -> Callable[[], Tensor]:
@@ -155,9 +134,9 @@ def measure_norm(size: tuple[int, int, int, int], last: bool, options: argparse.
     """Time a norm with scale and shift of one size and layout beside its rivals; GB/s count two passes."""
     dtype, layout = getattr(torch, options.dtype), torch.channels_last if last else torch.contiguous_format
     x = torch.randn(size, device=options.device).to(dtype, memory_format=layout)
-    median = medians(norm_rivals(x, GROUPS[size[1]]), options)
-    gigabytes = 2 * x.numel() * x.element_size() / 1e9
-    rates = {"norm_gbs": gigabytes / median["norm"], "copy_gbs": gigabytes / median["copy"]}
+    median = medians(norm_rivals(x, GROUPS[size[1]]), options.repeats, options.device, options.clock)
+    moved = 2 * x.numel() * x.element_size() / 1e9
+    rates = {f"{name}_gbs": moved / median[name] for name in ("norm", "copy")}
     times = {f"{name}_us": value * 1e6 for name, value in median.items()}
     facts = {"size": list(size), "layout": "channels_last" if last else "contiguous"}
     return {**facts, "of_copy": median["copy"] / median["norm"], **rates, **times}
@@ -183,28 +162,6 @@ def norm_rivals(x: Tensor, groups: int) -> Calls:
         "norm_gradient": lambda: torch.autograd.grad(norm(seen), seen, descent),
         "torch_gradient": lambda: torch.autograd.grad(plain(seen), seen, descent),
     }
-
-
-def medians(calls: Calls, options: argparse.Namespace) -> dict[str, float]:
-    """Time the calls in turn, in blocks of about two milliseconds, and return the median seconds a call."""
-    counts = {name: max(1, round(2e-3 / seconds(call, 20, options))) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(options.repeats):
-        for name, call in calls.items():
-            times[name].append(seconds(call, counts[name], options))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def seconds(call: Callable[[], Any], count: int, options: argparse.Namespace) -> float:
-    """Return the mean seconds of a call, the device's work included."""
-    synchronize = torch.cuda.synchronize if torch.device(options.device).type == "cuda" else lambda: None
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    synchronize()
-    start = clock()
-    for _ in range(count):
-        call()
-    synchronize()
-    return (clock() - start) / count
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -8,38 +8,28 @@
 
     y = silu(group_norm(x) (1 + scale) + shift)
 
+`knife::winograd` is a 3x3 convolution by a quarter of the products (Lavin and Gray, arXiv 1509.09308); CPU alone.
+
 Their schemas and bodies in plain torch are registered here, and those bodies are the specification. A compiled library
 (csrc/) that registers kernels for the same ops replaces them when it is loaded; the dispatcher picks, so no caller asks
 which one runs.
 
-`status` decides once per device, on first use: the library that was built at installation, else one that is compiled
-now and kept in the user's cache, else plain torch. KNIFE_OPS=auto|native|torch overrides; native turns a missing kernel
-into an OpsError.
+`status` decides once per device, on first use, which kernels run; `knife.native` finds, builds and loads the library.
 """
 
-import contextlib
 import functools
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-from knife.errors import OpsError, SettingsError
+from knife import native
+from knife.errors import OpsError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -301,7 +291,110 @@ def _norm_complaints(
             yield from _number_complaints(name, condition, x, x.shape[:2], "one number per image and channel")
 
 
-# --- What both need ------------------------------------------------------------------------------------------------
+# --- The convolution: schema, reference, shape rule ----------------------------------------------------------------
+
+TILE, LANES = 4, 16  # pixels of a side that are made at once; channels that a kernel takes at once
+_NEAR, _FAR = math.sqrt(0.5), math.sqrt(2.0)  # where polynomials are taken, besides 0 and infinity, with either sign
+
+_OPS.define("winograd(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve features by 3x3 weights, with zeros around them: F.conv2d(x, w, bias, padding=1) up to rounding.
+
+    4x4 pixels are made at once, of 36 products instead of 144. It has no derivative of its own: that of x is again a
+    convolution, by the weights turned around.
+
+    Args:
+        x: features [N, C, H, W] in float32 on the CPU, C a multiple of `LANES`; fastest if channels_last.
+        weight: what `winograd_weight` makes of w, [36, C, K], K a multiple of `LANES`.
+        bias: summand of each output, [K].
+
+    Returns:
+        [N, K, H, W], channels_last.
+
+    Raises:
+        RuntimeError: if the tensors do not fit together.
+        NotImplementedError: where there is no compiled kernel.
+    """
+    if not torch.compiler.is_compiling():
+        status(x.device.type)
+    convolved: Tensor = torch.ops.knife.winograd.default(x, weight, bias)
+    return convolved
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """Transform weights [K, C, 3, 3] into what `winograd` takes: G w G' of each pair of channels, [36, C, K]."""
+    _, _, g = _winograd_matrices(weight)
+    spread = torch.einsum("pi,kcij,qj->pqck", g, weight.double(), g)
+    return spread.flatten(0, 1).to(weight.dtype).contiguous()
+
+
+def winograd_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute knife::winograd in plain torch: what csrc/winograd.h must equal up to rounding."""
+    _refuse("winograd", _winograd_complaints(x, weight, bias))
+    a, b, _ = (matrix.to(x.dtype) for matrix in _winograd_matrices(x))
+    images, _, height, width = x.shape
+    down, across = -(-height // TILE), -(-width // TILE)
+    padded = F.pad(x, (1, TILE * across - width + 1, 1, TILE * down - height + 1))
+    patches = padded.unfold(2, TILE + 2, TILE).unfold(3, TILE + 2, TILE)  # [N, C, down, across, 6, 6]
+    spread = torch.einsum("ip,ncyxij,jq->pqnyxc", b, patches, b).flatten(0, 1).flatten(1, 3)
+    products = (spread @ weight).view(TILE + 2, TILE + 2, images, down, across, weight.shape[2])
+    made = torch.einsum("pi,pqnyxk,qj->nkyixj", a, products, a)
+    y = made.flatten(2, 3).flatten(3)[:, :, :height, :width]
+    y = y if bias is None else y + bias[:, None, None]
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _winograd_matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A [6, 4], B [6, 6] and G [6, 3] in float64: y = A' [(G w) * (B' d)], y [4] being d [6] by w [3]."""
+    points = [0.0, _NEAR, -_NEAR, _FAR, -_FAR]
+    apart = [math.prod(p - q for q in points if q != p) for p in points]
+    a = [[p**i for i in range(TILE)] for p in points] + [[0, 0, 0, 1]]
+    g = [[p**i / d for i in range(3)] for p, d in zip(points, apart, strict=True)] + [[0, 0, 1]]
+    b = [  # its columns are the coefficients of the polynomials that are 0 at every other point
+        [1, 0, 0, 0, 0, 0],
+        [0, -2 * _NEAR, 2 * _NEAR, -_FAR / 2, _FAR / 2, 1],
+        [-2.5, -2, -2, -0.5, -0.5, 0],
+        [0, _NEAR, -_NEAR, _FAR, -_FAR, -2.5],
+        [1, 1, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    of_products, of_patch, of_weight = (like.new_tensor(rows, dtype=torch.float64) for rows in (a, b, g))
+    return of_products, of_patch, of_weight
+
+
+def _fake_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _refuse("winograd", _winograd_complaints(x, weight, bias))
+    y = x.new_empty(x.shape[0], weight.shape[2], *x.shape[2:])
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+torch.library.register_fake("knife::winograd", _fake_winograd, lib=_OPS)
+
+
+@register_flop_formula(torch.ops.knife.winograd)
+def winograd_operations(x: Any, weight: Any, *others: Any, out_shape: Any, **more: Any) -> int:
+    """Count as torch counts a convolution, so that GFLOP/s compare: two for each of nine products."""
+    return 2 * 9 * int(x[1]) * math.prod(out_shape)
+
+
+def _winograd_complaints(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[str]:
+    """Yield what does not fit together, in the words of csrc/winograd_cpu.cpp."""
+    known = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in known.items():
+        if tensor.dtype != torch.float32:
+            yield f"{name} is {_name(tensor.dtype)}: give float32."
+        yield from _device_complaints(name, tensor, x)
+    if x.ndim != 4 or x.shape[1] % LANES:
+        yield f"x is {list(x.shape)}: give features [N, C, H, W], whose channels are a multiple of 16."
+    if weight.ndim != 3 or weight.shape[:2] != ((TILE + 2) ** 2, x.shape[1]) or weight.shape[2] % LANES:
+        yield f"weight is {list(weight.shape)}, but x is {list(x.shape)}: give [36, C, K], K a multiple of 16."
+    if bias is not None and bias.shape != weight.shape[2:]:
+        yield f"bias is {list(bias.shape)}, but weight is {list(weight.shape)}: give one number per output."
+
+
+# --- What all need -------------------------------------------------------------------------------------------------
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -349,24 +442,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# --- Which kernels run, and why ------------------------------------------------------------------------------------
+# --- Which kernels run, and whether they are right ------------------------------------------------------------------
 
-CHOICES = ("auto", "native", "torch")  # KNIFE_OPS
-SOURCES = {"cpu": ("step_cpu.cpp", "norm_cpu.cpp"), "cuda": ("step_cuda.cu", "norm_cuda.cu")}  # in csrc/, by device
 _DECIDING = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Status:
-    """Which kernels serve a device, and why."""
-
-    device: str
-    path: Literal["native", "torch"]
-    reason: str
-    library: Path | None = None
-
-
-def status(device: str = "cpu") -> Status:
+def status(device: str = "cpu") -> native.Status:
     """Decide on first use which kernels serve a device type; afterwards repeat the answer.
 
     Raises:
@@ -378,23 +459,16 @@ def status(device: str = "cpu") -> Status:
 
 
 @functools.cache
-def _decide(device: str) -> Status:
-    choice = os.environ.get("KNIFE_OPS", "auto")
-    if choice not in CHOICES:
-        raise SettingsError(f"KNIFE_OPS={choice}: give auto, native or torch.")
-    if choice == "torch":
-        return Status(device, "torch", "plain torch, because KNIFE_OPS=torch")
+def _decide(device: str) -> native.Status:
+    return native.serve(device, _prove)
+
+
+def _prove(device: str) -> None:
     try:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise OpsError("torch sees no CUDA device")
-        installed = _installed_library(device)
-        library, origin = (installed, "built at installation") if installed else _cached_library(device)
-        _load(device, library)
-    except (OpsError, OSError) as problem:
-        if choice == "native":
-            raise OpsError(f"KNIFE_OPS=native, but there is no compiled kernel for {device}: {problem}") from problem
-        return Status(device, "torch", f"plain torch: {problem}")
-    return Status(device, "native", f"compiled kernel, {origin}", library)
+        _test_kernels(device)
+    except OpsError:
+        _OPS.impl("ddim_step", reference, device.upper())  # in place of a kernel that may have failed
+        raise
 
 
 def self_test(device: str = "cpu") -> float:
@@ -408,7 +482,7 @@ def self_test(device: str = "cpu") -> float:
 
 def _test_kernels(device: str) -> float:
     try:
-        differences = [(got - wanted).abs().max().item() for got, wanted in _samples(device)]
+        differences = [(got - wanted).abs().max().item() for got, wanted in (*_samples(device), *_convolved(device))]
     except RuntimeError as problem:
         raise OpsError(f"the kernel for {device} fails its self-test: {problem}") from problem
     difference = math.nan if any(map(math.isnan, differences)) else max(differences)
@@ -436,201 +510,11 @@ def _samples(device: str) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _load(device: str, library: Path) -> None:
-    try:
-        torch.ops.load_library(library)
-    except OSError as problem:
-        reason = problem.__cause__ or problem
-        raise OpsError(f"{library} cannot be loaded ({reason}); remove it to have it built again") from problem
-    try:
-        _test_kernels(device)
-    except OpsError:
-        _OPS.impl("ddim_step", reference, device.upper())  # in place of a kernel that may have failed
-        raise
-
-
-# --- Building the library ------------------------------------------------------------------------------------------
-
-BUILD_SECONDS = 300  # longest compile, and longest wait for another process that compiles
-# The stable ABI of torch 2.10, so that every later torch can load the library. No fused multiply-add where the code
-# does not ask for one: the last bit of a step must be the reference's.
-_COMMON_FLAGS = ("-std=c++20", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-_VECTOR_FLAGS = {  # by what torch itself found this processor to have
-    "AVX2": ("-march=x86-64-v3",),
-    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-}
-_FLAGS = {
-    "cpu": ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    "cuda": (
-        *("-Xcompiler", "-fPIC,-fvisibility=hidden", "--fmad=false", "-DUSE_CUDA", "--threads=0"),
-        *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"),
-        "-gencode=arch=compute_75,code=compute_75",  # PTX for every other GPU since Turing
-    ),
-}
-
-
-def source_folder() -> Path:
-    """Return csrc/: inside the installed package, or beside it in a checkout.
-
-    Raises:
-        OpsError: if it is in neither place.
-    """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "step.h").is_file():
-            return folder
-    raise OpsError(f"the sources of the kernels are missing: there is no csrc folder in {package} or beside it")
-
-
-def flags(device: str) -> tuple[str, ...]:
-    """Return what a compiler is told besides folders: for the cpu, to use the vectors of this very processor."""
-    vectors = _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()) if device == "cpu" else ()
-    return (*_COMMON_FLAGS, *_FLAGS[device], *vectors)
-
-
-def sources(device: str) -> list[Path]:
-    """Return the files that are compiled into the library of a device.
-
-    Raises:
-        OpsError: if they are missing.
-    """
-    return [source_folder() / name for name in SOURCES[device]]
-
-
-def source_digest(device: str) -> str:
-    """Return a fingerprint of the kernels' sources and flags: a library that was built from others is not used.
-
-    Flags are as the processor is, so machines of several kinds may share a cache.
-    """
-    digest = hashlib.sha256(repr(flags(device)).encode())
-    for path in sorted(source_folder().iterdir()):
-        if path.suffix in (".h", ".cpp", ".cu"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def library_name(device: str) -> str:
-    """Return the name of the extension module that setup.py builds: of other sources, of another name."""
-    return f"_ops_{device}_{source_digest(device)}"
-
-
-def compiler(device: str = "cpu") -> list[str]:
-    """Return the command that compiles for a device: CXX or c++, g++, clang++; for cuda nvcc of CUDA_HOME or PATH.
-
-    Raises:
-        OpsError: if there is no kernel for the device, or no compiler.
-    """
-    if device not in SOURCES:
-        raise OpsError(f"there is no kernel for {device}, only for {' and '.join(SOURCES)}")
-    if device == "cuda":
-        home = os.environ.get("CUDA_HOME")
-        names = [str(Path(home, "bin", "nvcc")) if home else "nvcc"]
-    else:
-        names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for words in map(shlex.split, names):
-        if words and shutil.which(words[0]):
-            return words
-    raise OpsError(f"no compiler for {device} found (looked for {', '.join(names)})")
-
-
-def build(device: str, library: Path) -> None:
-    """Compile the kernel of a device into a library, which appears whole or not at all.
-
-    Raises:
-        OpsError: if there is no compiler, or it fails or takes too long.
-    """
-    home = Path(torch.__file__).parent
-    command = [*compiler(device), *flags(device), "-isystem", str(home / "include")]
-    command += [*map(str, sources(device)), f"-L{home / 'lib'}", "-ltorch_cpu"]
-    if device == "cuda" and (home / "lib" / "libtorch_cuda.so").exists():  # not in torch for the CPU: compiled, not run
-        command.append("-ltorch_cuda")
-    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as scratch:
-        product = Path(scratch, library.name)
-        _run([*command, "-o", str(product)], Path(scratch))
-        product.replace(library)
-
-
-def _run(command: list[str], scratch: Path) -> None:
-    log = scratch / "log"
-    try:
-        with log.open("w") as output:  # no pipe: a child that outlives the compiler would hold it open
-            subprocess.run(
-                command,
-                check=True,
-                timeout=BUILD_SECONDS,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C"},
-            )
-    except subprocess.TimeoutExpired as problem:
-        raise OpsError(f"{command[0]} was stopped after {BUILD_SECONDS} s") from problem
-    except subprocess.CalledProcessError as problem:
-        raise OpsError(f"{command[0]} failed: {_first_error(log.read_text(errors='replace'))}") from problem
-
-
-def _first_error(log: str) -> str:
-    lines = log.strip().splitlines() or ["it said nothing"]
-    return next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
-
-
-def _installed_library(device: str) -> Path | None:
-    if device not in SOURCES:
-        return None
-    return next(Path(__file__).parent.glob(f"{library_name(device)}*.so"), None)
-
-
-def _cached_library(device: str) -> tuple[Path, str]:
-    """Return the library of a device and where it came from, compiling it into the cache if there is none."""
-    compiler(device)
-    facts = (source_digest(device), torch.__version__, torch.version.cuda, sys.platform, platform.machine())
-    library = _private_folder(hashlib.sha256(repr(facts).encode()).hexdigest()[:16]) / f"knife_{device}.so"
-    if library.exists():
-        return library, "built on an earlier use"
-    with _locked(library.parent / "lock"):
-        if library.exists():
-            return library, "built by another process"
-        for left_behind in library.parent.glob("build-*"):  # by a build that was killed
-            shutil.rmtree(left_behind, ignore_errors=True)
-        start = time.monotonic()
-        build(device, library)
-        return library, f"built on first use in {time.monotonic() - start:.0f} s"
-
-
-def _private_folder(key: str) -> Path:
-    """Return a folder for a library that nobody else can write to: in the user's cache, else among temporary files."""
-    if sys.platform == "win32":
-        raise OpsError("kernels are compiled on first use on Linux and macOS only")
-    for folder in _folders(key):
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            info = folder.lstat()
-            private = info.st_uid == os.getuid() and not info.st_mode & 0o022
-            if private and (os.access(folder, os.W_OK) or any(folder.glob("*.so"))):
-                return folder
-    tried = " and ".join(map(str, _folders(key)))
-    raise OpsError(f"no folder to build in: {tried} cannot be written, or belong to another user")
-
-
-def _folders(key: str) -> Iterator[Path]:
-    with contextlib.suppress(RuntimeError):  # no home
-        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "knife", "ops", key)
-    yield Path(tempfile.gettempdir(), f"knife-ops-{os.getuid()}-{key}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel frees when its holder dies; wait for it no longer than a compile may take."""
-    import fcntl  # not on Windows
-
-    deadline = time.monotonic() + BUILD_SECONDS
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError) as problem:
-                if time.monotonic() > deadline:
-                    raise OpsError(f"another process has held {path} for {BUILD_SECONDS} s; end it first") from problem
-                time.sleep(0.1)
-        yield
+def _convolved(device: str) -> list[tuple[Tensor, Tensor]]:
+    """Return what the kernel of a convolution, which is for the CPU alone, and its reference make of the same."""
+    if device != "cpu":
+        return []
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(2, LANES, side, side, generator=generator) for side in (6, 3))
+    by = winograd_weight(weight[:1].expand(LANES, -1, -1, -1) / LANES)
+    return [(torch.ops.knife.winograd.default(x, by, None), winograd_reference(x, by))]

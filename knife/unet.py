@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from knife.convolution import Convolution
 from knife.ops import group_norm_silu
 
 M = TypeVar("M", bound=nn.Module)
 POOLS = ("mean", "attention", "spatial", "spatial-norm")
+FLATTEST = 1e-25  # slope of a score that is followed back: no image moves by less
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,10 @@ class Block(nn.Module):
         self.scale_shift = arch.scale_shift
         self.norm1 = NormSiLU(arch.groups, channels)
         self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv1 = Convolution(channels, out)
         self.affine = nn.Linear(embedding, 2 * out if arch.scale_shift else out)
         self.norm2 = NormSiLU(arch.groups, out)
-        self.conv2 = zeroed(nn.Conv2d(out, out, 3, padding=1))
+        self.conv2 = zeroed(Convolution(out, out))
         self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
         self.attention = Attention(out, arch) if attend else nn.Identity()
 
@@ -101,11 +103,11 @@ class Downsample(nn.Conv2d):
         return super().forward(x)
 
 
-class Upsample(nn.Conv2d):
+class Upsample(Convolution):
     """Doubles the grid by repeating pixels, then convolves."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1)
+        super().__init__(channels, channels)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2.0))
@@ -194,7 +196,8 @@ class UNet(nn.Module):
         h, features = self.down(x, emb)
         for name, block in self.up.items():
             h = block(h if name.endswith("_up") else torch.cat([h, features.pop()], 1), emb)
-        return self.unstem(self.conv_out(self.norm_out(h)))
+        y: Tensor = self.unstem(self.conv_out(self.norm_out(h)))
+        return y if self.training else without_flat(y)
 
 
 class Encoder(nn.Module):
@@ -218,11 +221,15 @@ class Encoder(nn.Module):
             self.head = zeroed(nn.Linear(width, outputs))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        h, features = self.down(x, self.embedding(t, label))
+        y: Tensor = self.head(self.pool(*self.down(x, self.embedding(t, label))))
+        return y if self.training else without_flat(y)
+
+    def pool(self, h: Tensor, features: list[Tensor]) -> Tensor:
+        """Return what the head reads of the last features and those of every block."""
         if self.spatial:
-            return self.head(torch.cat([f.mean((2, 3)) for f in [*features, h]], 1))
+            return torch.cat([f.mean((2, 3)) for f in [*features, h]], 1)
         h = self.norm_out(h)
-        return self.head(h if isinstance(self.head, AttentionPool) else h.mean((2, 3)))
+        return h if isinstance(self.head, AttentionPool) else h.mean((2, 3))
 
 
 class AttentionPool(nn.Module):
@@ -250,6 +257,16 @@ def spatial_head(features: int, outputs: int, normed: bool) -> nn.Sequential:
     """Return the two-layer head over the means of every feature map."""
     between = [nn.GroupNorm(32, 2048), nn.SiLU()] if normed else [nn.ReLU()]
     return nn.Sequential(nn.Linear(features, 2048), *between, nn.Linear(2048, outputs))
+
+
+def without_flat(y: Tensor) -> Tensor:
+    """Let what a network answers have no gradient where that is below `FLATTEST`, as once images are at their target.
+
+    It would become numbers so small (subnormal) that processors take 30 times as long for each.
+    """
+    if y.requires_grad:
+        y.register_hook(lambda slope: torch.where(slope.abs() < FLATTEST, 0, slope))
+    return y
 
 
 def zeroed(module: M) -> M:

@@ -1,27 +1,20 @@
-"""The fused ops: compiled kernels against the reference, closed forms, refusals; how a library is found and built."""
+"""The fused ops: compiled kernels against the reference, closed forms, refusals."""
 
 import itertools
 import math
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from knife import ops
-from knife.errors import OpsError, SettingsError
+from knife.bench import operations
+from knife.native import Status
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.cuda),
@@ -95,6 +88,7 @@ LAYOUTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tens
     "gaps": lambda x, eps, g: (every_other(x), every_other(eps), every_other(g)),
     "images inside": lambda x, eps, g: (x.transpose(0, 1).contiguous().transpose(0, 1), eps, g),
     "one eps": lambda x, eps, g: (x, eps[:1, :1, :1, :1].expand_as(x), g),
+    "one x": lambda x, eps, g: (x[:, :, :1].expand_as(x), eps, g),
 }
 
 
@@ -319,6 +313,7 @@ NORM_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda x: channels_last(x) if x.ndim == 4 else x,
     "slice": lambda x: channel_slice(x) if x.ndim == 4 else x,
     "gaps": every_other,
+    "overlap": lambda x: x[..., :1].expand_as(x) if x.ndim == 4 and x.numel() else x,
 }
 
 
@@ -452,7 +447,7 @@ def test_norm_takes_parameters_of_a_network_in_half_precision() -> None:
 def test_norm_in_plain_torch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = norm_arguments((2, 8, 6, 6), 2, torch.float32)
     fused = ops.group_norm_silu(*arguments)
-    monkeypatch.setattr(ops, "status", lambda device: ops.Status(device, "torch", "as the test wants"))
+    monkeypatch.setattr(ops, "status", lambda device: Status(device, "torch", "as the test wants"))
     torch.testing.assert_close(ops.group_norm_silu(*arguments), fused, rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="and groups is 3: give groups that divide"):
         ops.group_norm_silu(*arguments[:3], 3)
@@ -511,6 +506,18 @@ def test_refusals_of_the_norm_read_alike(device: str, sentence: str) -> None:
         assert str(refusal.value).splitlines()[0] == f"group_norm_silu: {sentence}"
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift"])
+def test_mixed_devices_of_the_norm_are_refused(name: str) -> None:
+    ops.status()
+    arguments = dict(zip(NORM_ARGUMENTS, norm_arguments((2, 6, 4, 4), 3, torch.float32), strict=True))
+    arguments[name] = arguments[name].to("meta")
+    for norm in (torch.ops.knife.group_norm_silu, ops.norm_reference):
+        with pytest.raises(
+            RuntimeError, match=f"group_norm_silu: {name} is on meta, but x is on cpu: move both to one device."
+        ):
+            norm(*arguments.values())
+
+
 @pytest.mark.parametrize("wrong", ["grad", "moments"])
 def test_refusals_of_the_derivative(device: str, wrong: str) -> None:
     x, weight, bias, groups, _, *condition = norm_arguments((2, 6, 4, 4), 3, torch.float32, device)
@@ -526,200 +533,7 @@ def test_refusals_of_the_derivative(device: str, wrong: str) -> None:
             torch.ops.knife.group_norm_silu_backward(*tensors, groups, *[t.to(place) for t in condition])
 
 
-# --- Which kernels run, and why ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    """Find the library that this session uses, for fake compilers to hand out."""
-    status = ops.status()
-    if status.library is None:
-        pytest.skip(status.reason)
-    return status.library
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Start with an empty cache and no choice made."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("KNIFE_OPS", raising=False)
-    monkeypatch.setattr(ops, "_decide", ops.functools.cache(ops._decide.__wrapped__))
-    monkeypatch.setattr(ops, "_installed_library", lambda device: None)
-    return monkeypatch
-
-
-def fake_compiler(folder: Path, body: str) -> str:
-    """Write a compiler that notes its start and then does what body says; $out is what it shall make."""
-    script = folder / "fake-c++"
-    script.write_text(f"#!/bin/sh\nfor out; do :; done\necho $$ >> {folder}/started\n{body}\n")
-    script.chmod(0o755)
-    return str(script)
-
-
-def test_torch_is_chosen(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setenv("KNIFE_OPS", "torch")
-    status = ops.status()
-    assert (status.path, status.library, status.reason) == ("torch", None, "plain torch, because KNIFE_OPS=torch")
-
-
-def test_unknown_choice_is_refused(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setenv("KNIFE_OPS", "fast")
-    with pytest.raises(SettingsError, match="KNIFE_OPS=fast: give auto, native or torch"):
-        ops.status()
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (None, "no compiler for cpu found (looked for"),
-        ("echo step.h:1: error: no such luck; exit 1", "failed: step.h:1: error: no such luck"),
-        ("exit 1", "failed: it said nothing"),
-        ("echo rubbish > $out", "cannot be loaded ("),
-    ],
-    ids=["none", "error", "silent", "rubbish"],
-)
-def test_without_a_library_plain_torch_serves_and_says_why(
-    fresh: pytest.MonkeyPatch, tmp_path: Path, body: str | None, reason: str
-) -> None:
-    fresh.setenv("CXX", fake_compiler(tmp_path, body) if body else "/nowhere/c++")
-    status = ops.status()
-    assert (status.path, status.library) == ("torch", None)
-    assert status.reason.startswith("plain torch: ")
-    assert reason in status.reason
-    fresh.setenv("KNIFE_OPS", "native")
-    with pytest.raises(OpsError, match="KNIFE_OPS=native, but there is no compiled kernel for cpu: "):
-        ops._decide.__wrapped__("cpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-def test_missing_cuda_says_so(fresh: pytest.MonkeyPatch) -> None:
-    assert ops.status("cuda").reason == "plain torch: torch sees no CUDA device"
-
-
-def test_a_device_without_a_kernel_says_so(fresh: pytest.MonkeyPatch) -> None:
-    assert ops.status("mps").reason == "plain torch: there is no kernel for mps, only for cpu and cuda"
-
-
-def test_slow_compiler_is_stopped(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fresh.setenv("CXX", fake_compiler(tmp_path, "sleep 60"))
-    fresh.setattr(ops, "BUILD_SECONDS", 0.2)
-    assert "was stopped after 0.2 s" in ops.status().reason
-
-
-def test_lock_of_another_process_is_not_waited_for_forever(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fresh.setattr(ops, "BUILD_SECONDS", 0.2)
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    command = [sys.executable, "-c", hold, str(tmp_path / "lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(OpsError, match="another process has held"), ops._locked(tmp_path / "lock"):
-            pass
-        process.kill()
-
-
-def test_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(
-    fresh: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    (tmp_path / "tmp").mkdir()
-    fresh.setattr(ops.tempfile, "tempdir", str(tmp_path / "tmp"))
-    folder = ops._private_folder("key")
-    assert folder.parent == tmp_path / "tmp"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o777)  # others could put their library there
-    with pytest.raises(OpsError, match="no folder to build in"):
-        ops._private_folder("key")
-
-
-FIND = "import sys; sys.path.insert(0, sys.argv[1]); from knife import ops; print(*ops._cached_library('cpu'), sep='|')"
-
-
-def find_in_new_process(**environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", FIND, str(ROOT)]
-    return subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def test_processes_at_once_build_once(library: Path, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compiler = fake_compiler(tmp_path, f"sleep 1; cp {library} $out")
-    processes = [find_in_new_process(CXX=compiler, XDG_CACHE_HOME=str(tmp_path / "cache")) for _ in range(4)]
-    answers = [process.communicate(timeout=60)[0].strip().split("|") for process in processes]
-    assert len({library for library, _ in answers}) == 1
-    assert sum(origin.startswith("built on first use") for _, origin in answers) == 1
-    assert len((tmp_path / "started").read_text().split()) == 1
-
-
-def test_killed_build_leaves_nothing_harmful(library: Path, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    good, slow = tmp_path / "good", tmp_path / "slow"
-    good.mkdir()
-    slow.mkdir()
-    process = find_in_new_process(
-        CXX=fake_compiler(slow, "echo half > $out; sleep 60"), XDG_CACHE_HOME=str(tmp_path / "cache")
-    )
-    wait_for(lambda: any((tmp_path / "cache").rglob("build-*/knife_cpu.so")))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not any((tmp_path / "cache").glob("knife/ops/*/knife_cpu.so"))
-    fresh.setenv("CXX", fake_compiler(good, f"cp {library} $out"))
-    built, origin = ops._cached_library("cpu")
-    assert origin.startswith("built on first use")
-    assert built.read_bytes() == library.read_bytes()
-    assert sorted(path.name for path in built.parent.iterdir()) == ["knife_cpu.so", "lock"]
-    assert ops._cached_library("cpu") == (built, "built on an earlier use")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_threads_at_once_decide_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fresh.setenv("CXX", fake_compiler(tmp_path, "sleep 0.2; exit 1"))
-    threads = [threading.Thread(target=ops.status) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len((tmp_path / "started").read_text().split()) == 1
-
-
-@pytest.mark.slow
-def test_wrong_kernel_is_replaced_by_plain_torch(tmp_path: Path) -> None:
-    sources = tmp_path / "csrc"
-    shutil.copytree(ops.source_folder(), sources)
-    header = sources / "step.h"
-    header.write_text(header.read_text().replace("step.next_signal * x0 +", "step.next_signal * x0 -"))
-    code = f"""
-import pathlib, torch
-from knife import ops
-ops.source_folder = lambda: pathlib.Path({str(sources)!r})
-x, ones = torch.rand(2, 1, 2, 2, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
-assert torch.equal(ops.ddim_step(x, x, None, ones, ones, ones), ops.reference(x, x, None, ones, ones, ones, -1e9, 1e9))
-print(ops.status().path, ops.status().reason)
-"""
-    environment = {**os.environ, "KNIFE_OPS": "auto", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", code]
-    answer = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert answer.startswith(
-        "torch plain torch: the kernel for cpu fails its self-test: it differs from plain torch by"
-    )
-
-
 # --- CUDA -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.nvcc
-def test_cuda_kernel_compiles(tmp_path: Path) -> None:
-    try:
-        ops.compiler("cuda")
-    except OpsError as problem:
-        pytest.skip(str(problem))
-    ops.build("cuda", tmp_path / "knife_cuda.so")
-    assert b"aoti_torch_get_current_cuda_stream" in (tmp_path / "knife_cuda.so").read_bytes()
 
 
 @pytest.fixture
@@ -782,3 +596,109 @@ def test_cuda_refuses_mixed_devices(cuda: str, name: str) -> None:
         RuntimeError, match=f"ddim_step: {'eps' if name == 'x' else name} is on .*: move both to one device."
     ):
         torch.ops.knife.ddim_step(*arguments.values())
+
+
+# --- The convolution --------------------------------------------------------------------------------------------------
+
+
+def convolution(
+    shape: tuple[int, int, int, int], outputs: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw features, 3x3 weights and a bias."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator)
+    weight = torch.randn(outputs, shape[1], 3, 3, generator=generator) / (3 * shape[1] ** 0.5)
+    return x.to(dtype), weight.to(dtype), torch.randn(outputs, generator=generator).to(dtype)
+
+
+WINOGRAD_SHAPES = [
+    ((0, 16, 8, 8), 16),
+    ((1, 16, 1, 1), 32),
+    ((3, 32, 5, 9), 16),
+    ((2, 48, 12, 8), 16),
+    ((1, 16, 70, 68), 16),
+]
+
+
+@pytest.fixture
+def kernels() -> None:
+    """Ask for compiled kernels on the CPU; without any, what computes by them cannot be tested."""
+    if ops.status().path != "native":
+        pytest.skip(ops.status().reason)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("lay", [channels_last, every_other, torch.Tensor.contiguous])
+@pytest.mark.parametrize(("shape", "outputs"), WINOGRAD_SHAPES)
+def test_winograd_convolves(
+    shape: tuple[int, int, int, int], outputs: int, lay: Callable[[Tensor], Tensor], biased: bool
+) -> None:
+    x, weight, bias = convolution(shape, outputs)
+    added = bias if biased else None
+    got = ops.winograd(lay(x), ops.winograd_weight(weight), added)
+    exact = F.conv2d(x.double(), weight.double(), bias.double() if biased else None, padding=1)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, ops.winograd_reference(x, ops.winograd_weight(weight), added), rtol=0, atol=1e-5)
+
+
+def test_the_quarter_of_the_products_is_exact_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = convolution((2, 16, 9, 6), 32, torch.float64)
+    monkeypatch.setattr(ops, "_winograd_complaints", lambda *_: iter(()))
+    got = ops.winograd_reference(x, ops.winograd_weight(weight), bias)
+    torch.testing.assert_close(got, F.conv2d(x, weight, bias, padding=1), rtol=0, atol=1e-13)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_winograd_does_not_depend_on_threads() -> None:
+    x, weight, bias = convolution((2, 32, 40, 36), 32)
+    by, threads = ops.winograd_weight(weight), torch.get_num_threads()
+    answers = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            answers.append(ops.winograd(x, by, bias))
+    finally:
+        torch.set_num_threads(threads)
+    for answer in answers:
+        torch.testing.assert_close(answer, answers[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_opcheck_winograd() -> None:
+    x, weight, bias = convolution((2, 16, 8, 8), 32)
+    torch.library.opcheck(torch.ops.knife.winograd, (channels_last(x), ops.winograd_weight(weight), bias))
+    torch.library.opcheck(torch.ops.knife.winograd, (x, ops.winograd_weight(weight), None))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_winograd_counts_as_a_convolution() -> None:
+    x, weight, bias = convolution((2, 16, 9, 6), 32)
+    by = ops.winograd_weight(weight)
+    assert operations(lambda: ops.winograd(x, by, bias)) == operations(lambda: F.conv2d(x, weight, bias, padding=1)) > 0
+
+
+WINOGRAD_REFUSED: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "x is float64: give float32.": (0, lambda x: x.double()),
+    "bias is bfloat16: give float32.": (2, lambda bias: bias.bfloat16()),
+    "weight is on meta, but x is on cpu: move both to one device.": (1, lambda weight: weight.to("meta")),
+    "x is [2, 8, 4, 4]: give features [N, C, H, W], whose channels are a multiple of 16.": (0, lambda x: x[:, :8]),
+    "x is [16, 4, 4]: give features [N, C, H, W], whose channels are a multiple of 16.": (0, lambda x: x[0]),
+    "weight is [35, 16, 32], but x is [2, 16, 4, 4]: give [36, C, K], K a multiple of 16.": (1, lambda w: w[1:]),
+    "weight is [36, 16, 31], but x is [2, 16, 4, 4]: give [36, C, K], K a multiple of 16.": (1, lambda w: w[..., 1:]),
+    "bias is [31], but weight is [36, 16, 32]: give one number per output.": (2, lambda bias: bias[1:]),
+}
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("sentence", WINOGRAD_REFUSED)
+def test_refusals_of_the_convolution_read_alike(sentence: str) -> None:
+    x, weight, bias = convolution((2, 16, 4, 4), 32)
+    arguments = [x, ops.winograd_weight(weight), bias]
+    place, change = WINOGRAD_REFUSED[sentence]
+    arguments[place] = change(arguments[place])
+    for convolve in (torch.ops.knife.winograd, ops.winograd_reference):
+        with pytest.raises(RuntimeError) as refusal:
+            convolve(*arguments)
+        assert str(refusal.value).splitlines()[0] == f"winograd: {sentence}"

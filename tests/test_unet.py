@@ -224,3 +224,18 @@ def test_the_attention_pool_is_built_for_one_size():
     assert net.head.position.shape == (64, 4 * 6 + 1)
     with pytest.raises(RuntimeError, match="size"):
         net(normal(1, 1, 8, 8), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("network", ["unet", "mean", "attention", "spatial", "spatial-norm"])
+def test_slopes_too_flat_to_matter_are_cut_before_they_become_subnormal(network):
+    net = UNet(TINY, 4, 1) if network == "unet" else Encoder(replace(TINY, pool=network), 4, 1, (8, 8))
+    net, t = lively(net), torch.tensor([400])
+
+    def gradient(steepness):
+        x = normal(1, 4, 8, 8).requires_grad_()
+        return torch.autograd.grad((net(x, t).double() * steepness).sum(), x)[0]
+
+    assert torch.equal(gradient(1e-26), torch.zeros(1, 4, 8, 8))
+    torch.testing.assert_close(gradient(1e-20) * 1e20, gradient(1.0), rtol=1e-4, atol=1e-6)
+    net.train()
+    assert gradient(1e-26).abs().max() > 0, "what learns is told everything"

@@ -1,0 +1,161 @@
+"""Convolutions of frozen networks: the same answers and gradients as torch's, and torch's wherever they do not pay."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from knife import convolution, ops
+from knife.convolution import Convolution
+from knife.unet import Architecture, Encoder, UNet
+
+ARCH = Architecture(32, (1, 2), res_blocks=1, attention=(2,), heads=2)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Tell the shapes that were convolved by fewer products."""
+    if ops.status().path != "native":
+        pytest.skip(ops.status().reason)
+    seen = list[torch.Size]()
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append(x.shape)
+        return ops.winograd(x, weight, bias)
+
+    monkeypatch.setattr(convolution, "winograd", spy)
+    return seen
+
+
+def frozen(channels: int = 32, outputs: int = 48) -> tuple[Convolution, nn.Conv2d]:
+    """Build a frozen convolution, and torch's own with the same weights."""
+    torch.manual_seed(0)
+    ours, plain = Convolution(channels, outputs), nn.Conv2d(channels, outputs, 3, padding=1)
+    plain.load_state_dict(ours.state_dict())
+    return ours.requires_grad_(False), plain.requires_grad_(False)
+
+
+def gradient(net: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    y = net(x)
+    return torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum(), x)[0]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 13, 10), (5, 8, 8)])
+def test_answers_and_gradients_are_those_of_torch(calls: list[torch.Size], shape: tuple[int, int, int]) -> None:
+    ours, plain = frozen()
+    for x in (torch.randn(shape[0], 32, *shape[1:]), torch.randn(2, 32, 20, 12)):  # packed weights suit any size
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient(ours, x), gradient(plain, x), rtol=1e-5, atol=1e-5)
+    assert len(calls) == 6, "an answer, and an answer and a gradient, each twice"
+
+
+def test_without_a_gradient_nothing_is_recorded(calls: list[torch.Size]) -> None:
+    ours, _ = frozen()
+    with torch.no_grad():
+        assert ours(torch.randn(1, 32, 16, 16, requires_grad=True)).grad_fn is None
+    assert calls
+
+
+def test_a_gradient_is_not_differentiated_again(calls: list[torch.Size]) -> None:
+    ours, _ = frozen()
+    x = torch.randn(1, 32, 16, 16, requires_grad=True)
+    slope = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_the_state_is_that_of_a_torch_convolution(calls: list[torch.Size]) -> None:
+    ours, plain = frozen()
+    ours(torch.randn(1, 32, 16, 16))
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert isinstance(ours, nn.Conv2d)
+
+
+def changes() -> Iterator[tuple[str, object]]:
+    """Yield ways in which frozen weights come to be others."""
+    yield "in place", lambda net, new: net.weight.copy_(new)
+    yield "loaded", lambda net, new: net.load_state_dict({"weight": new, "bias": net.bias})
+    yield "replaced", lambda net, new: setattr(net, "weight", nn.Parameter(new, requires_grad=False))
+    yield "data", lambda net, new: setattr(net.weight, "data", new)
+
+
+@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in changes()])
+def test_weights_that_change_are_transformed_anew(calls: list[torch.Size], change) -> None:
+    ours, plain = frozen()
+    x = torch.randn(1, 32, 16, 16)
+    gradient(ours, x)
+    new = torch.randn_like(ours.weight)
+    change(ours, new.clone())
+    plain.weight.copy_(new)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient(ours, x), gradient(plain, x), rtol=1e-4, atol=1e-4)
+    assert len(ours.transformed) == 2, "the old ones are dropped"
+
+
+def test_a_network_that_learns_is_left_to_torch(calls: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    ours = Convolution(32, 32)
+    x = torch.randn(1, 32, 16, 16)
+    ours(x).square().sum().backward()
+    with torch.no_grad():
+        ours(x)
+    assert ours.weight.grad is not None
+    assert not calls
+    assert not ours.transformed
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "shape", "dtype"),
+    [
+        (32, 32, (1, 12, 12), torch.float32),  # nine tiles
+        (16, 32, (1, 32, 32), torch.float32),
+        (40, 32, (1, 32, 32), torch.float32),
+        (32, 40, (1, 32, 32), torch.float32),
+        (32, 32, (1, 32, 32), torch.float64),
+        (32, 32, (1, 32, 32), torch.bfloat16),
+    ],
+)
+def test_what_does_not_suit_is_left_to_torch(calls, channels, outputs, shape, dtype) -> None:
+    ours, plain = (net.to(dtype) for net in frozen(channels, outputs))
+    x = torch.randn(shape[0], channels, *shape[1:], dtype=dtype)
+    assert torch.equal(ours(x), plain(x))
+    assert not calls
+
+
+def test_without_kernels_torch_convolves(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "status", lambda device: ops.native.Status(device, "torch", "not compiled"))
+    ours, plain = frozen()
+    x = torch.randn(1, 32, 16, 16)
+    assert torch.equal(ours(x), plain(x))
+    assert not calls
+
+
+def test_autocast_is_left_to_torch(calls: list[torch.Size]) -> None:
+    ours, _ = frozen()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(torch.randn(1, 32, 16, 16)).dtype == torch.bfloat16
+    assert not calls
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_networks_answer_as_with_torch(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    torch.manual_seed(0)
+    nets = [UNet(ARCH, 4, 8), Encoder(ARCH, 4, 1, (32, 32))]
+    x, t = torch.randn(batch, 4, 32, 32), torch.full((batch,), 400)
+    for net in nets:
+        for parameter in net.parameters():
+            parameter.data.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+        net.requires_grad_(False).eval()
+        twin = copy.deepcopy(net)
+        answer, slope = net(x, t), gradient(lambda x, net=net: net(x, t), x)
+        count = len(calls)
+        with monkeypatch.context() as patch:
+            patch.setattr(convolution, "pays", lambda x, weight: False)
+            plain = twin(x, t), gradient(lambda x, twin=twin: twin(x, t), x)
+        assert count == len(calls) > 0
+        for got, wanted in zip((answer, slope), plain, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+        calls.clear()
