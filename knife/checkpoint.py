@@ -7,6 +7,7 @@ read here, so a stranger's file can do no harm. A hash beside the card tells if 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from knife import files
-from knife.errors import KnifeError, ModelError
+from knife.errors import DiskError, KnifeError, ModelError
 from knife.schedule import Schedule
 from knife.spec import ImageSpec
 from knife.tasks import task
@@ -59,7 +60,7 @@ class Card:
     def from_json(cls, values: Mapping[str, Any]) -> "Card":
         """Rebuild a card from `to_json`.
 
-        Raises KeyError, TypeError, ValueError, AttributeError or KnifeError if the values are those of no card.
+        Raises LookupError, TypeError, ValueError, AttributeError, ArithmeticError or KnifeError if they are no card's.
         """
         for name, kind in {"kind": str, "dataset": str, "config": dict, "guidance": dict, "training": dict}.items():
             if not isinstance(values[name], kind):
@@ -104,28 +105,32 @@ class Stored:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_safely(path: Path, data: bytes) -> None:
+def write_safely(path: Path, data: bytes, before: Path | None = None) -> None:
     """Write a file so that after a crash either the old or the new one is there, whole.
 
+    before: where the old file goes, if it shall be kept.
+
     Raises:
-        ModelError: if the disk is full or the folder cannot be written to; the old file stays.
+        DiskError: if the disk is full or the folder cannot be written to; the old file stays.
     """
     try:
-        files.write_safely(path, data)
+        files.write_safely(path, data, before)
     except OSError as error:
-        raise ModelError(f"{path}: cannot be written ({error.strerror or error}); make room, or allow it.") from error
+        raise DiskError(f"{path}: cannot be written ({error.strerror or error}); make room, or allow it.") from error
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], before: Path | None = None) -> None:
     """Write tensors and a JSON description as one safetensors file, with a hash over both.
 
+    before: where the old file goes, if it shall be kept.
+
     Raises:
-        ModelError: if the disk is full or the folder cannot be written to; the old file stays.
+        DiskError: if the disk is full or the folder cannot be written to; the old file stays.
     """
     stored = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     plain = json.loads(json.dumps(about))  # lists for tuples and texts for keys, as they will be read
     text = json.dumps({**plain, "sha256": seal(plain, stored)})
-    write_safely(path, serialise(stored, {"knife": text}))
+    write_safely(path, serialise(stored, {"knife": text}), before)
 
 
 def seal(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -153,7 +158,7 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["knife"])
-    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError, MemoryError) as error:
         raise ModelError(f"{path}: {DAMAGED} ({type(error).__name__}).") from error
     if not isinstance(about, dict):
         raise ModelError(f"{path}: {DAMAGED} (it describes itself as a {type(about).__name__}).")
@@ -173,9 +178,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safe_open is no dict
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(f"{path}: {DAMAGED} ({type(error).__name__}).") from error
-    if "sha256" in about and about["sha256"] != seal(about, tensors):
+    if about.get("sha256") != seal(about, tensors):
         raise ModelError(f"{path}: {DAMAGED} (its checksum differs).")
     return tensors
 
@@ -193,7 +198,7 @@ def describe(path: Path) -> Stored:
         raise ModelError(f"{path}: card of format {about['format']!r}, this knife reads {FORMAT}; update knife.")
     try:
         return Stored(path, Card.from_json(about))
-    except (KeyError, TypeError, ValueError, AttributeError, KnifeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, KnifeError) as error:
         raise ModelError(f"{path}: its card is damaged ({type(error).__name__}: {error}).") from error
 
 
@@ -205,15 +210,29 @@ def load(stored: Stored, device: torch.device | str = "cpu") -> nn.Module:
         TaskError: if the task's plugin is not there or broken.
     """
     weights = read_tensors(stored.path)
+    refuse_larger(stored, sum(tensor.numel() for tensor in weights.values()))
     try:
         net = stored.card.build()
         net.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in weights.items()})
     except KnifeError:
         raise
     except Exception as error:  # a damaged card may ask for a network that cannot be built in many ways
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{stored.path}: its weights do not fit its card: {reason}") from error
+        reason = " ".join(str(error).split())[:200].rstrip(" .")
+        raise ModelError(f"{stored.path}: its weights do not fit its card: {reason}.") from error
     return ready(net, device).eval().requires_grad_(False)
+
+
+def refuse_larger(stored: Stored, count: int) -> None:
+    """Refuse a card that asks for more weights than its file has, before they get memory.
+
+    Raises:
+        ModelError: naming both.
+    """
+    wanted = 0
+    with torch.device("meta"), suppress(Exception):  # what cannot be built is refused when it is built
+        wanted = sum(tensor.numel() for tensor in stored.card.build().state_dict().values())
+    if wanted > count:
+        raise ModelError(f"{stored.path}: its weights do not fit its card, {count} instead of {wanted}; copy it anew.")
 
 
 def ready(net: nn.Module, device: torch.device | str) -> nn.Module:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from knife.errors import DeviceError, SettingsError
+from knife.errors import DeviceError, MemoryShortError, SettingsError
 
 MALLOC = ("keep", "system")  # KNIFE_MALLOC
 M_TRIM_THRESHOLD, M_MMAP_MAX, MOST = -1, -4, 2**31 - 1  # of mallopt in glibc's malloc.h
@@ -84,14 +84,14 @@ def enough_memory(device: str, what: str, remedy: str) -> Iterator[None]:
     """Turn running out of memory into a refusal that says how to need less.
 
     Raises:
-        DeviceError: naming the device, what did not fit and the remedy.
+        MemoryShortError: naming the device, what did not fit and the remedy.
     """
     try:
         yield
     except Exception as error:
         if not ran_out_of_memory(error):
             raise
-        raise DeviceError(f"{device}: {what} not fit into memory; {remedy}.") from error
+        raise MemoryShortError(f"{device}: {what} not fit into memory; {remedy}.") from error
 
 
 def ran_out_of_memory(error: Exception) -> bool:

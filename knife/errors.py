@@ -6,8 +6,12 @@
     ├── TaskError         a task plugin is unknown, broken or breaks its contract
     ├── ModelError        a checkpoint is missing, damaged or does not fit
     ├── SettingsError     an option has an impossible value, or differs from the run it resumes
+    ├── DiskError         the disk is full or refuses, or holds no state that can be trusted (4)
+    │   └── LockedError   another process trains this model
     ├── SamplingError     guidance blew an image up (6)
-    ├── DeviceError       the device asked for is not there, or has too little memory
+    ├── DivergedError     a training is no longer finite (6)
+    ├── DeviceError       the device asked for is not there, or another process of a training has ended
+    │   └── MemoryShortError  not even one image fits into its memory (5)
     └── OpsError          KNIFE_OPS=native, and the compiled ops cannot be had
 
 A message names the option or file, what was found there, and what to do next.
@@ -44,14 +48,36 @@ class SettingsError(KnifeError):
     """An option has an impossible value, or differs from the run it resumes."""
 
 
+class DiskError(KnifeError):
+    """The disk is full or refuses, or holds no state that can be trusted."""
+
+    exit_code = 4
+
+
+class LockedError(DiskError):
+    """Another process trains this model."""
+
+
 class SamplingError(KnifeError):
     """Guidance blew an image up."""
 
     exit_code = 6
 
 
+class DivergedError(KnifeError):
+    """A training is no longer finite."""
+
+    exit_code = 6
+
+
 class DeviceError(KnifeError):
-    """The device asked for is not there, or has too little memory."""
+    """The device asked for is not there, or another process of a training has ended."""
+
+
+class MemoryShortError(DeviceError):
+    """Not even one image fits into the memory of the device."""
+
+    exit_code = 5
 
 
 class OpsError(KnifeError):

@@ -8,13 +8,16 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from knife.errors import InputError
 
+TEMPORARY = ".knife-"  # how the names of unfinished files begin
+STALE = 3600  # seconds after which nobody is writing an unfinished file any more
 MARK = "synthetic: knife"  # what every image that knife writes says of itself
 
 
@@ -56,27 +59,75 @@ def regular(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def write_safely(path: Path, data: bytes) -> None:
+def write_safely(path: Path, data: bytes, before: Path | None = None) -> None:
     """Put bytes at a path so that a crash or power loss leaves the old file, none, or the whole new one.
 
-    Folders on the way are made. Raises OSError if the disk refuses; nothing is left behind then.
+    Once it returns, no crash takes the new file away. Folders on the way are made.
+
+    Args:
+        path: where they go.
+        data: the bytes.
+        before: where the old file goes, if it shall be kept; a crash may leave nothing at `path` then, and it there.
+
+    Raises OSError if the disk refuses; what was at `path` is there then, or at `before`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".knife-{secrets.token_hex(8)}.tmp")
+    make_folder(path.parent)
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with descriptor(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)) as fd:
+            write_all(fd, data)
+            os.fsync(fd)
+        if before is not None:
+            with suppress(FileNotFoundError):
+                os.replace(path, before)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.unlink(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write bytes, however few of them the system takes at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+
+
+@contextmanager
+def descriptor(path: Path, flags: int) -> Iterator[int]:
+    """Open a file or folder for system calls."""
+    fd = os.open(path, flags, 0o666)  # less what the umask says
     try:
-        os.fsync(folder)  # makes the new name itself survive a power loss
+        yield fd
     finally:
-        os.close(folder)
+        os.close(fd)
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder survive a power loss, as far as the system lets folders be opened."""
+    if os.name == "posix":
+        with descriptor(folder, os.O_RDONLY) as fd:
+            os.fsync(fd)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it so that they survive a power loss."""
+    if os.path.isdir(folder):
+        return
+    make_folder(folder.parent)
+    with suppress(FileExistsError):  # another process was quicker
+        os.mkdir(folder)
+    sync(folder.parent)
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove what `write_safely` had not finished in a folder when its process was killed, an hour ago or longer."""
+    for left in folder.glob(f"{TEMPORARY}*.tmp"):
+        with suppress(OSError):
+            if time.time() - os.stat(left).st_mtime > STALE:
+                os.unlink(left)
 
 
 def room(folder: Path) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from knife import panel
 from knife.checkpoint import digest
-from knife.errors import InputError, KnifeError, ModelError, SettingsError
+from knife.errors import DiskError, InputError, KnifeError, ModelError, SettingsError
 from knife.files import room, write_safely
 from knife.image import NIFTI, SUFFIXES, Image, Nifti, Picture, output_name, own_name, read, suffix_of, write
 from knife.settings import Wish
@@ -256,7 +256,7 @@ def save(translation: Translation, files: Files, dtype: str = "same", key: str |
     dtype: what NIfTI files are stored as, see `knife.image.write`. key: what the results depend on, see `key_of`.
 
     Raises:
-        SettingsError: if the disk refuses.
+        DiskError: if the disk refuses.
     """
     source, result = translation.source, translation.result
     difference = (result.pixels - source.pixels).abs().sum(0, keepdim=True)  # the paper's map: summed over channels
@@ -288,12 +288,12 @@ def write_record(record: Mapping[str, Any], files: Files) -> None:
 
 @contextmanager
 def refusing_disk(folder: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a SettingsError that names the folder of the results."""
+    """Turn what the disk refuses into a DiskError that names the folder of the results."""
     try:
         yield
     except OSError as error:
         reason = f"cannot be written to ({error.strerror or error})"
-        raise SettingsError(f"-o {folder}: {reason}; make room, or allow it.") from error
+        raise DiskError(f"-o {folder}: {reason}; make room, or allow it.") from error
 
 
 def draw(translation: Translation) -> bytes:

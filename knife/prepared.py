@@ -2,8 +2,8 @@
 
 A prepared set is a folder named by a hash of everything that its pixels depend on: what lies in the files, the model's
 size, range and channels. It holds pixels and masks as plain float32, mapped into memory when they are used, and an
-index. It is built beside its place and moved there whole, so that a killed or a second writer does no harm: whoever
-comes first is kept.
+index with their hashes, which are checked first. It is built beside its place and moved there whole, so that a killed
+or a second writer does no harm: whoever comes first is kept.
 """
 
 import hashlib
@@ -17,17 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from knife.data import Case, Form, Loaded
-from knife.errors import InputError
+from knife.errors import DiskError, InputError
 from knife.files import room, write_safely
 from knife.layouts import Entry
 
 FORMAT = 1  # to be raised when knife decodes anything differently
+FILES = ("pixels.f32", "masks.f32")
 AT_ONCE = 256  # images that are decoded before they are written
 STALE = 24 * 3600  # seconds after which a set that is still being built has no builder
 HEADROOM = 1.05  # free disk that is asked for, against what the images take
@@ -56,7 +57,8 @@ def prepared(folder: Path, entries: Sequence[Entry], form: Form, load: Load, pro
         The cases, whose pixels and masks are mapped from the disk: reading one reads it from there.
 
     Raises:
-        InputError: if the disk has too little room, or refuses.
+        DiskError: if the disk has too little room, or refuses.
+        InputError: if what lies there is damaged.
     """
     if outdated(folder, entries, load):
         shutil.rmtree(folder)  # who has it mapped keeps it
@@ -69,7 +71,7 @@ def prepared(folder: Path, entries: Sequence[Entry], form: Form, load: Load, pro
             build(building, entries, form, load, progress)
             publish(building, folder)
         except OSError as error:
-            raise InputError(f"{folder}: cannot be written to ({error.strerror}); make room, or allow it.") from error
+            raise DiskError(f"{folder}: cannot be written to ({error.strerror}); make room, or allow it.") from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
     progress(len(entries))
@@ -90,23 +92,39 @@ def build(folder: Path, entries: Sequence[Entry], form: Form, load: Load, progre
     """Decode entries part by part into the files of a new set."""
     told: list[dict[str, Any]] = []
     skipped, passing = dict[str, str](), set[str]()
-    with (folder / "pixels.f32").open("xb") as pixels, (folder / "masks.f32").open("xb") as masks:
+    hashed = hashlib.sha256(), hashlib.sha256()
+    with (folder / FILES[0]).open("xb") as pixels, (folder / FILES[1]).open("xb") as masks:
         for first in range(0, len(entries), AT_ONCE):
             part = load(entries[first : first + AT_ONCE])
             skipped |= part.skipped
             passing |= part.passing
             for case in part.cases:
-                pixels.write(case.pixels.numpy().tobytes())
+                put(case.pixels, pixels, hashed[0])
                 outlined = None if case.mask is None else masks.tell() // (4 * case.mask.numel())
                 if case.mask is not None:
-                    masks.write(case.mask.numpy().tobytes())
+                    put(case.mask, masks, hashed[1])
                 told.append({"name": case.name, "mask": outlined, "values": dict(case.values)})
             progress(min(first + AT_ONCE, len(entries)))
         for file in (pixels, masks):
             file.flush()
             os.fsync(file.fileno())
-    index = {"cases": told, "skipped": skipped, "passing": sorted(passing)}
+    hashes = dict(zip(FILES, (one.hexdigest() for one in hashed), strict=True))
+    index = {"cases": told, "skipped": skipped, "passing": sorted(passing), "sha256": hashes}
     write_safely(folder / "index.json", json.dumps(index).encode())
+
+
+def put(image: Tensor, file: BinaryIO, hashed: "hashlib._Hash") -> None:
+    """Write an image, and count it into the hash of its file."""
+    data = image.numpy().tobytes()
+    file.write(data)
+    hashed.update(data)
+
+
+def refuse_changed(path: Path, wanted: str) -> None:
+    """Raise ValueError if a file is not as it was written."""
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+            raise ValueError(f"{path} has changed")
 
 
 def remove_stale(folder: Path) -> None:
@@ -134,8 +152,10 @@ def mapped(folder: Path, form: Form) -> Loaded:
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         told, skipped = index["cases"], dict(index["skipped"])
-        pixels = tensor(folder / "pixels.f32", [len(told), len(form.channels), *form.size])
-        masks = tensor(folder / "masks.f32", [sum(one["mask"] is not None for one in told), 1, *form.size])
+        for name, wanted in index.get("sha256", {}).items():  # sets of the first knife have none
+            refuse_changed(folder / name, wanted)
+        pixels = tensor(folder / FILES[0], [len(told), len(form.channels), *form.size])
+        masks = tensor(folder / FILES[1], [sum(one["mask"] is not None for one in told), 1, *form.size])
         cases = [
             Case(one["name"], x, None if one["mask"] is None else masks[one["mask"]], one["values"])
             for one, x in zip(told, pixels, strict=True)
@@ -167,4 +187,4 @@ def refuse_full_disk(folder: Path, need: int) -> None:
     free = room(folder)
     if free < need * HEADROOM:
         found = f"{free / 2**30:.1f} GiB are free, and the decoded images need {need / 2**30:.1f}"
-        raise InputError(f"{folder.parent}: {found}; make room.")
+        raise DiskError(f"{folder.parent}: {found}; make room.")

@@ -7,7 +7,7 @@ one process. The first of them alone tells, writes and keeps.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from knife.errors import DeviceError
 
 PATIENCE = timedelta(hours=2)  # that the others wait, as for the first to read a large folder
+HANGS, STEPS = 60.0, 200  # seconds, and steps' time, after which one that is silent on the way counts as dead
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Team:
     number: int = 0
     count: int = 1
     device: str = "cpu"  # on which what they tell each other must lie
+    group: distributed.ProcessGroup | None = None  # None: the one that waits long
 
     @property
     def first(self) -> bool:
@@ -41,7 +43,7 @@ class Team:
             return value
         told = torch.tensor([value], dtype=torch.float64, device=self.device)
         with in_touch():
-            distributed.all_reduce(told)
+            distributed.all_reduce(told, group=self.group)
         return told.item()
 
     def add_gradients(self, net: nn.Module) -> None:
@@ -54,9 +56,17 @@ class Team:
         grads = [p.grad for p in parameters if p.grad is not None]
         whole = torch.cat([g.flatten() for g in grads])
         with in_touch():
-            distributed.all_reduce(whole)
+            distributed.all_reduce(whole, group=self.group)
         for g, summed in zip(grads, whole.split([g.numel() for g in grads]), strict=True):
             g.copy_(summed.view_as(g))
+
+    def hurried(self, seconds_a_step: float) -> "Team":
+        """Return the team on its way: nobody takes long from step to step, not even the first to keep what was done."""
+        if self.count == 1:
+            return self
+        with in_touch():
+            group = distributed.new_group(timeout=timedelta(seconds=max(HANGS, STEPS * seconds_a_step)))
+        return replace(self, group=group)
 
     @contextmanager
     def after_the_first(self) -> Iterator[None]:

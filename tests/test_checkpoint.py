@@ -23,7 +23,7 @@ from knife.checkpoint import (
     save,
     stored_models,
 )
-from knife.errors import KnifeError, ModelError, TaskError
+from knife.errors import DiskError, KnifeError, ModelError, TaskError
 from knife.schedule import Schedule
 from knife.spec import ImageSpec
 from knife.unet import Architecture
@@ -107,12 +107,14 @@ def test_tensors_that_share_memory_are_stored(tmp_path: Path) -> None:
     assert back["e"].shape == ()
 
 
-def test_files_without_a_checksum_are_read(tmp_path: Path) -> None:
+def test_files_without_a_checksum_are_refused(tmp_path: Path) -> None:
+    """Else a bit that changes in its name would let any other pass."""
     path = tmp_path / "plain.safetensors"
-    weights = CARD.build().state_dict()
-    path.write_bytes(serialise(weights, {"knife": json.dumps(CARD.to_json())}))
-    again = load_model(path).state_dict()
-    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    path.write_bytes(serialise(CARD.build().state_dict(), {"knife": json.dumps(CARD.to_json())}))
+    assert "its checksum differs" in refused(path)
+    store(path)
+    path.write_bytes(path.read_bytes().replace(b"sha256", b"sha254"))
+    assert "its checksum differs" in refused(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
@@ -230,7 +232,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ModelError, match=r"diffusion\.safetensors: cannot be written \(No space left on device\)"):
+    with pytest.raises(DiskError, match=r"diffusion\.safetensors: cannot be written \(No space left on device\)"):
         store(path, replace(CARD, dataset="circles"))
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
@@ -238,7 +240,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file")
-    with pytest.raises(ModelError, match="cannot be written"):
+    with pytest.raises(DiskError, match="cannot be written"):
         store(tmp_path / "models" / "squares" / "diffusion.safetensors")
 
 

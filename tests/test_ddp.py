@@ -16,10 +16,11 @@ import torch
 from test_train import TINY_PRESET, Witness, a_run, state_of, write_squares
 
 from knife import ranks, spec
-from knife.checkpoint import describe
+from knife.checkpoint import describe, read_about
 from knife.errors import KnifeError
+from knife.job import Run
 from knife.ranks import ALONE, Team, leads, own_device
-from knife.train import Run, resume_path
+from knife.resume import resume_path
 from knife.train import train as run_training
 
 
@@ -34,7 +35,7 @@ def squares(tmp_path: Path) -> Path:
     return write_squares(tmp_path / "squares")
 
 
-def together(work: Callable[[int], Any], count: int = 2) -> list[Any]:
+def together(work: Callable[[int], Any], count: int = 2, seconds: float = 60) -> list[Any]:
     """Do a work in several processes, as torchrun starts them; return what each returned, or why it was refused."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -61,7 +62,7 @@ def together(work: Callable[[int], Any], count: int = 2) -> list[Any]:
             process.start()
     told = []
     for (pipe, _), process in zip(pipes, processes, strict=True):
-        wait([pipe, process.sentinel], 60)
+        wait([pipe, process.sentinel], seconds)
         told.append(pipe.recv() if pipe.poll() else "silent")
     for process in processes:
         process.kill()
@@ -143,6 +144,26 @@ def test_one_that_is_killed_ends_the_others_in_words(squares):
     assert told.endswith("The same command resumes.")
     assert resume_path(run).exists()
     assert [step for step, _ in together(lambda number: steps_of(run))[0]] == [3, 4, 5, 6, 7, 8]
+
+
+def test_one_that_hangs_ends_the_others_in_words(squares, monkeypatch):
+    monkeypatch.setattr(ranks, "HANGS", 3.0)
+    monkeypatch.setattr(ranks, "STEPS", 0)
+    run = a_run(squares, every=2)
+
+    def hanging(number: int) -> int:
+        asked = iter(range(99))
+
+        def stop() -> bool:
+            if number == 1 and next(asked) == 3:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return False
+
+        return run_training(run, Witness(), stop)
+
+    told, _ = together(hanging, 2, 20)
+    assert told.startswith("DeviceError: torchrun: another process of this training has ended or does not answer")
+    assert read_about(resume_path(run))["step"] == 2
 
 
 def test_a_refusal_of_the_first_is_told_and_ends_the_others(squares):

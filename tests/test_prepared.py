@@ -7,7 +7,7 @@ import torch
 
 from knife import prepared as p
 from knife.data import Case, Form, Loaded
-from knife.errors import InputError
+from knife.errors import DiskError, InputError
 from knife.layouts import Entry
 
 SHAPE = (2, 3, 5)
@@ -167,12 +167,17 @@ def test_two_writers_at_once_end_with_one_whole_set(tmp_path):
     assert [folder.name for folder in tmp_path.iterdir()] == ["key"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "index", "entry"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "mask", "index", "entry"])
 def test_a_damaged_set_is_refused(tmp_path, damage):
     folder = tmp_path / "key"
     p.prepared(folder, entries(3), FORM, Decoder(), no_progress)
     if damage == "cut":
         (folder / "pixels.f32").write_bytes((folder / "pixels.f32").read_bytes()[:-4])
+    elif damage in ("bit", "mask"):
+        file = folder / ("pixels.f32" if damage == "bit" else "masks.f32")
+        data = bytearray(file.read_bytes())
+        data[5] ^= 1
+        file.write_bytes(data)
     elif damage == "index":
         (folder / "index.json").write_text("{")
     else:
@@ -186,7 +191,7 @@ def test_a_damaged_set_is_refused(tmp_path, damage):
 def test_a_full_disk_is_refused_before_anything_is_decoded(tmp_path, monkeypatch):
     decode = Decoder()
     monkeypatch.setattr(p, "room", lambda place: 10)
-    with pytest.raises(InputError, match=r"decoded images need 0.0; make room"):
+    with pytest.raises(DiskError, match=r"decoded images need 0.0; make room"):
         p.prepared(tmp_path / "key", entries(3), FORM, decode, no_progress)
     assert decode.calls == 0
 
