@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check lock sbom clean
 
 demo: .venv/ready
 	$(BIN)/knife demo
@@ -30,5 +30,16 @@ check: .venv/ready-lint
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test,lint]"
 	touch $@
 
+# The versions of everything that tests and checks need, with hashes; needs uv.
+lock:
+	head -2 requirements-dev.txt > requirements-dev.tmp
+	uv pip compile pyproject.toml --extra test --extra lint -c constraints.txt --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header --no-annotate --quiet >> requirements-dev.tmp
+	mv requirements-dev.tmp requirements-dev.txt
+
+# What is installed in .venv, as CycloneDX: sbom.json; needs cyclonedx-bom.
+sbom: .venv/ready
+	cyclonedx-py environment .venv --pyproject pyproject.toml --output-reproducible -o sbom.json
+
 clean:
-	rm -rf .venv build *.egg-info demo slice.nii healthy.nii mask.nii
+	rm -rf .venv build *.egg-info sbom.json demo slice.nii healthy.nii mask.nii

@@ -410,7 +410,8 @@ def form_of(card: Card) -> data.Form:
     """Return what a network's images are brought to, as its training did."""
     spec, trained = card.spec, card.training.get("settings", {})
     labels, brain = tuple(trained.get("mask_labels") or ()), trained.get("min_brain") or 0.0
-    return data.Form(spec.channels, spec.size, spec.value_range, spec.crop, labels, brain, fill_of(trained.get("nan")))
+    fill, synthetic = fill_of(trained.get("nan")), trained.get("synthetic", False)
+    return data.Form(spec.channels, spec.size, spec.value_range, spec.crop, labels, brain, fill, synthetic)
 
 
 def subject_of(stored: Stored, cases: Sequence[data.Case]) -> Subject:

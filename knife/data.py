@@ -23,6 +23,7 @@ from knife.volume import Volume
 
 MEMORY_SHARE = 0.8  # of the free memory that images may take
 SAMPLE = 25  # images that are looked at to learn which channels a folder has
+MADE_HERE = "marked as made by knife, and a model learns nothing true from what a model made"
 VOLUMES_AT_ONCE = 4  # in memory, and no more than `knife.volume` keeps masks of
 
 
@@ -46,6 +47,7 @@ class Form(NamedTuple):
     labels: tuple[int, ...] = ()  # of a mask's label map, those that count; none: all above 0
     min_brain: float = 0.0  # a volume's slice whose brain covers less than this share of it is skipped
     fill: float | None = None  # what stands for pixels that are NaN or infinite; None: such an image is skipped
+    synthetic: bool = False  # take images that say that knife made them; else they are skipped
 
 
 @dataclass
@@ -197,11 +199,13 @@ def case_of(entry: Entry, form: Form, source: Volume | None = None) -> Case:
     """Read one entry as a case; `source` is the volume of a slice.
 
     Raises:
-        InputError: if it cannot be read, its channels are not those wanted, or a slice shows too little.
+        InputError: if it cannot be read, knife made it, its channels are not those wanted, or a slice shows too little.
     """
     if entry.slice is not None:
         source = source or volume_of(entry, form.fill)
     image = replace(image_of(entry, source, form.fill), crop=form.crop)
+    if image.source.synthetic and not form.synthetic:
+        raise InputError(f"{entry.name}: {MADE_HERE}; leave it out, or give --allow-synthetic.")
     check_channels(entry.name, named(entry, image.channels), form.channels)
     if source is not None:
         refuse_bare(entry, image, form.min_brain)

@@ -4,9 +4,11 @@ Of a file only pixels and geometry are used; names, dates and all else of the pa
 (the extra `dicom`).
 """
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -14,9 +16,12 @@ from knife.errors import InputError
 from knife.files import refusing, regular, shown
 from knife.image import by_sequence, is_image, mr_name
 from knife.nifti import Array, new_header
-from knife.volume import Volume, joined, stacked
+from knife.volume import MAX_VOXELS, Volume, joined, stacked
 
-MAGIC = b"DICM"  # after 128 bytes that may hold anything
+PREAMBLE = bytes(128)  # which may hold anything
+MAGIC = b"DICM"  # behind it
+META_GROUP = 2  # of tags: they say how all others are stored
+MAX_PIXELS = 2**24  # of a slice
 INDEX = "DICOMDIR"  # a DICOM file that lists others
 GREY = ("MONOCHROME2", "MONOCHROME1")  # more is brighter; more is darker
 TAGS = ("SeriesInstanceUID", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")
@@ -28,7 +33,7 @@ def is_dicom(file: Path) -> bool:
     """Tell whether a file is DICOM, by its first bytes."""
     try:
         with regular(file) as stream:
-            return stream.read(132)[128:] == MAGIC
+            return stream.read(len(PREAMBLE) + len(MAGIC)).endswith(MAGIC)
     except (InputError, OSError):
         return False
 
@@ -50,7 +55,8 @@ def open_series(folder: Path, fill: float | None = None) -> Volume:
         InputError: if pydicom is not installed, a file cannot be read, or the slices make no volume.
     """
     with refusing(folder, "a DICOM series"):
-        slices = [read_slice(file) for file in series_files(folder)]
+        files = series_files(folder)
+        slices = [read_slice(file, MAX_VOXELS // max(len(files), 1)) for file in files]
         check_one_series(slices, folder)
         return ordered(slices, folder, fill)
 
@@ -81,11 +87,11 @@ def open_case(folders: Sequence[Path], fill: float | None = None) -> Volume:
     return joined(tuple(str(mr_name(folder)) for folder in folders), [open_series(folder, fill) for folder in folders])
 
 
-def read_slice(file: Path) -> Any:
-    """Read one file.
+def read_slice(file: Path, most: int = MAX_PIXELS) -> Any:
+    """Read one file, of `most` pixels or fewer.
 
     Raises:
-        InputError: if it is no image that lies somewhere, or has several frames.
+        InputError: if it is no image that lies somewhere, or has several frames, or might unfold to any size.
     """
     try:
         import pydicom
@@ -93,7 +99,10 @@ def read_slice(file: Path) -> Any:
         raise InputError(
             f"{shown(file)}: DICOM is read by pydicom; pip install 'knife-diffusion[dicom]', or convert it to NIfTI."
         ) from error
-    with refusing(file, "a DICOM image"), regular(file) as stream:
+    logging.getLogger("pydicom").setLevel(logging.ERROR)  # it says each oddity twice, values of the patient in it
+    with refusing(file, "a DICOM image"), warnings.catch_warnings(), regular(file) as stream:
+        warnings.simplefilter("ignore")
+        refuse_deflated(stream, file)
         read = pydicom.dcmread(stream)
         lacking = [tag for tag in (*TAGS, "PixelData") if tag not in read]
         if lacking or int(read.get("NumberOfFrames", 1)) != 1 or read.get("PhotometricInterpretation") not in GREY:
@@ -101,8 +110,23 @@ def read_slice(file: Path) -> Any:
             raise InputError(
                 f"{shown(file)}: {reason}; give a series of one grey slice a file, or convert it to NIfTI."
             )
+        if not 0 < int(read.Rows) * int(read.Columns) <= min(most, MAX_PIXELS):
+            found = f"{read.Rows} x {read.Columns} pixels"
+            raise InputError(f"{shown(file)}: {found}, in a series of so many slices; give smaller or fewer slices.")
         read.voxels = read.pixel_array
         return read
+
+
+def refuse_deflated(stream: BinaryIO, file: Path) -> None:
+    """Refuse a file of which all is compressed, tags too: pydicom unfolds it whole, whatever that comes to."""
+    from pydicom.filereader import read_dataset
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    stream.seek(len(PREAMBLE) + len(MAGIC))
+    meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != META_GROUP)
+    stream.seek(0)
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        raise InputError(f"{shown(file)}: a deflated DICOM file; save it uncompressed, or convert it to NIfTI.")
 
 
 def check_one_series(slices: Sequence[Any], folder: Path) -> None:

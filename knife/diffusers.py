@@ -39,7 +39,7 @@ from knife.interop import (
     with_assumed,
     without_label,
 )
-from knife.spec import ImageSpec
+from knife.spec import ImageSpec, possible
 from knife.unet import Architecture, Attention, UNet
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -247,7 +247,7 @@ def read_network(config: Mapping[str, Any], tensors: int) -> tuple[Architecture,
     try:
         if config["layers_per_block"] * len(config["block_out_channels"]) > tensors:
             raise SettingsError(f"layers_per_block {config['layers_per_block']}: more than the file has weights.")
-        arch = read_architecture(config)
+        arch = possible(read_architecture(config))
         ends = config["in_channels"], config["out_channels"]
         wanted, found = unet_config(arch, *ends, None), canonical(config, arch)
         differing = [key for key in wanted if found[key] != wanted[key]]
@@ -431,7 +431,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Card | None]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safe_open is no dict
             about = (file.metadata() or {}).get("card")
         card = Card.from_json(json.loads(about)) if about else None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+        MemoryError, KnifeError,
+    ) as error:  # fmt: skip
         raise ModelError(f"{path}: damaged ({type(error).__name__}); copy it anew.") from error
     if not state or not all(map(is_weight, state.keys(), state.values())):
         raise ModelError(f"{path}: {contents(state)}, not the weights of a network; save it anew.")

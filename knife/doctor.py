@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from knife import __version__, ops
+from knife import __version__, native, ops
 from knife.checkpoint import STARTER, Stored, describe, digest, read_tensors, stored_models
 from knife.devices import keep_freed_memory, resolve_device
 from knife.errors import KnifeError, ModelError
-from knife.image import Image, Nifti, Picture, read
+from knife.image import NIFTI, Image, Nifti, Picture, read
 from knife.tasks import Plugin, plugins
+from knife.volume import Volume, axial_count, open_volume
 
 # ------------------------------------------------------------------------------------------------------------- machine
 
@@ -32,8 +33,8 @@ def examine() -> dict[str, Any]:
         "device": f"{device}: {why}",
         **{name: fact for name, (fact, _) in checks.items()},
         "memory": or_why_not(keep_freed_memory),
-        "compiler": or_why_not(lambda: " ".join(ops.compiler("cpu"))),
-        "nvcc": or_why_not(lambda: " ".join(ops.compiler("cuda"))),
+        "compiler": or_why_not(lambda: " ".join(native.compiler("cpu"))),
+        "nvcc": or_why_not(lambda: " ".join(native.compiler("cuda"))),
         "plugins": "; ".join(map(plugin_fact, rows)) or "none",
         "tensorboard": "installed" if importlib.util.find_spec("tensorboard") else "not installed (an extra)",
         "write here": writable(Path()),
@@ -128,7 +129,15 @@ def about_file(path: Path) -> dict[str, Any]:
         card, weights = describe(path).card, read_tensors(path)
         parameters = sum(tensor.numel() for tensor in weights.values())
         return {"file": path.name, "sha256": digest(path), "parameters": parameters, **card.to_json()}
+    if path.name.lower().endswith(NIFTI) and axial_count(path) is not None:
+        return about_volume(path, open_volume(path))
     return about_image(path, read(path))
+
+
+def about_volume(path: Path, volume: Volume) -> dict[str, Any]:
+    """Return channels, slices, size, geometry and intensities of a volume."""
+    ends = {"lowest": rounded(volume.pixels.amin((1, 2, 3))), "highest": rounded(volume.pixels.amax((1, 2, 3)))}
+    return {**about_image(path, volume.slice(0)), "slices": volume.count, **ends}
 
 
 def about_image(path: Path, image: Image) -> dict[str, Any]:

@@ -451,7 +451,7 @@ def save(found: Evaluation) -> None:
     """Write the picture, the table and, last, the record.
 
     Raises:
-        SettingsError: if the disk refuses.
+        DiskError: if the disk refuses.
     """
     text = json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n"
     with refusing_disk(found.files.record.parent):

@@ -8,6 +8,7 @@ that makes such a folder.
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from knife import volume
 from knife.errors import InputError, SettingsError
-from knife.files import write_safely
+from knife.files import regular, write_safely
 from knife.image import NIFTI, SEQUENCES, SUFFIXES, is_image, sequence_of
 
 SPLITS = {
@@ -29,6 +30,8 @@ SPLITS = {
 }  # fmt: skip
 SPLIT_NAMES = ("train", "val", "test")
 SPLIT_FILE = "split.json"
+LONGEST_TEXT = 64 * 2**20  # bytes of a list that a folder holds: 400,000 images of a long line each
+LONGEST_NAME = 80  # characters of a name from a list that a message quotes
 
 
 @dataclass(frozen=True)
@@ -352,13 +355,13 @@ def rows_of(path: Path) -> list[tuple[int, Row]]:
     Raises:
         InputError: if it is no table.
     """
+    file = io.StringIO(text_of(path), newline="")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            if path.suffix == ".jsonl":
-                return [(i, texts(json.loads(line))) for i, line in enumerate(file, start=1) if line.strip()]
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            return [(reader.line_num, row) for row in reader]
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        if path.suffix == ".jsonl":
+            return [(i, texts(json.loads(line))) for i, line in enumerate(file, start=1) if line.strip()]
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        return [(reader.line_num, row) for row in reader]
+    except (ValueError, RecursionError, csv.Error) as error:
         kind = path.suffix[1:].upper()
         raise InputError(f"{path}: cannot be read as a table ({error}); save it as {kind} in UTF-8.") from error
 
@@ -395,17 +398,21 @@ def manifest_entry(path: Path, line: int, row: Row) -> Entry:
 def inside(manifest: Path, name: str) -> Path:
     """Resolve a file named in a manifest, refusing what lies outside its folder."""
     root = manifest.parent
-    if "\0" in name or not (root / name).resolve().is_relative_to(root.resolve()):
-        raise InputError(f"{manifest}: {name!r} lies outside the folder; give paths below it.")
+    try:
+        below = (root / name).resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError):  # no file can have such a name, or links go round in a circle
+        below = False
+    if not below:
+        raise InputError(f"{manifest}: {name[:LONGEST_NAME]!r} lies outside the folder; give paths below it.")
     return root / name
 
 
 def refuse_missing(manifest: Path, entries: Sequence[Entry]) -> None:
     """Refuse a manifest that names files which are not there."""
     files = [file for e in entries for file in (*e.files, *([e.mask] if e.mask else []))]
-    missing = [str(file.relative_to(manifest.parent)) for file in files if not file.is_file()]
+    missing = [str(file.relative_to(manifest.parent)) for file in files if not os.path.isfile(file)]
     if missing:
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        some = ", ".join(name[:LONGEST_NAME] for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(f"{manifest}: {len(missing)} of {len(files)} files are not there ({some}); correct the paths.")
 
 
@@ -645,6 +652,8 @@ def celeba(root: Path, paths: Sequence[Path]) -> Found | str:
         return "no list_attr_celeba.csv or list_attr_celeba.txt with images"
     width = len(next(iter(rows.values())))
     head = next(row for row in table if len(row) > 1)[-width:]
+    if len(head) < width:
+        raise InputError(f"{root}: list_attr_celeba names {len(head)} attributes, its lines {width}; copy it anew.")
     persons, places = (
         {row[0]: row[1] for row in celeba_list(root, name) if len(row) == 2}
         for name in ("identity_CelebA", "list_eval_partition")
@@ -781,9 +790,14 @@ def text_of(path: Path) -> str:
         InputError: if it cannot be read as UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with regular(path) as file:
+            data = file.read(LONGEST_TEXT + 1)
+        text = data.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); save it as text in UTF-8.") from error
+    if len(data) > LONGEST_TEXT:
+        raise InputError(f"{path}: longer than {LONGEST_TEXT} bytes; no list of images is, so split the folder.")
+    return text
 
 
 def encoded(text: str) -> bytes:

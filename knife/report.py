@@ -58,7 +58,7 @@ def write_report(translations: Sequence[Translation], path: Path) -> None:
     """Write the page of some translations.
 
     Raises:
-        SettingsError: if the disk refuses.
+        DiskError: if the disk refuses.
     """
     with refusing_disk(path.parent):
         write_safely(path, report(translations))

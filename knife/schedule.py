@@ -15,6 +15,8 @@ from torch import Tensor
 
 from knife.errors import SettingsError
 
+MOST_LEVELS = 100_000
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -26,8 +28,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "cosine"):
             raise SettingsError(f"schedule: {self.kind!r} is unknown; give linear or cosine.")
-        if self.T < 1:
-            raise SettingsError(f"schedule: T = {self.T} levels make no schedule; give at least 1.")
+        if not 1 <= self.T <= MOST_LEVELS:
+            raise SettingsError(f"schedule: T = {self.T} levels make no schedule; give 1 to {MOST_LEVELS}.")
 
     @cached_property
     def beta(self) -> Tensor:

@@ -11,6 +11,9 @@ from torch import nn
 from knife.errors import SettingsError
 from knife.unet import Architecture, Encoder, UNet
 
+MOST = 2**14  # of what a card may say of a network: width, multipliers, heads
+MOST_BLOCKS = 1000
+
 
 @dataclass(frozen=True)
 class ImageSpec:
@@ -57,7 +60,9 @@ class ImageSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ImageSpec":
-        """Rebuild a spec from `to_json`."""
+        """Rebuild a spec from `to_json`; raises TypeError or ValueError if the values are those of none."""
+        if not all(isinstance(name, str) for name in values["channels"]):
+            raise TypeError(f"channels are {values['channels']!r}")
         return cls(
             channels=tuple(values["channels"]),
             size=pair(values["size"]),
@@ -69,16 +74,29 @@ class ImageSpec:
 
 
 def pair(values: Any) -> tuple[Any, Any]:
-    """Return two values as a tuple."""
+    """Return two finite numbers as a tuple; raises TypeError or ValueError if they are none."""
     first, second = values
+    if not (math.isfinite(first) and math.isfinite(second)):
+        raise ValueError(f"{values!r} are not finite")
     return first, second
 
 
 def architecture(values: Mapping[str, Any]) -> Architecture:
-    """Rebuild an architecture from JSON, where tuples have become lists."""
+    """Rebuild an architecture from JSON, where tuples have become lists; raises ValueError if there can be none."""
     known = {f.name for f in fields(Architecture)}
     arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-    return Architecture(**arguments)
+    return possible(Architecture(**arguments))
+
+
+def possible(arch: Architecture) -> Architecture:
+    """Return an architecture that a file tells of; raises ValueError if no network can be so, or none that is meant."""
+    counts = [arch.width, arch.res_blocks, arch.heads, arch.groups, arch.stem, *arch.mult]
+    counts += [count for count in (arch.head_width, arch.outputs, arch.classes or None) if count is not None]
+    if not arch.mult or not all(type(count) is int and 1 <= count <= MOST for count in counts):
+        raise ValueError(f"{arch} is no network")
+    if arch.res_blocks * len(arch.mult) > MOST_BLOCKS:
+        raise ValueError(f"{len(arch.mult)} levels of {arch.res_blocks} blocks are too many")
+    return arch
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
     the record has no key, and the same command tries those alone again.
 
     Raises:
-        SettingsError: if the disk refuses.
+        DiskError: if the disk refuses.
     """
     whole = stack.volume
     said = {

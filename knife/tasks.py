@@ -7,13 +7,15 @@ down or spoil it.
 """
 
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, ClassVar
+from importlib.metadata import EntryPoint, distributions
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 import pluggy
 
@@ -34,6 +36,9 @@ HOOKS = (*hookspecs.OPTIONAL[:1], *hookspecs.REQUIRED, *hookspecs.OPTIONAL[1:]) 
 HOOKS_OF = {GROUP: HOOKS, JUDGES: hookspecs.JUDGE}
 REQUIRED_OF = {GROUP: hookspecs.REQUIRED, JUDGES: hookspecs.JUDGE[:1]}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")  # a task's name is also a file's: models/<dataset>/<task>.safetensors
+OWN = "knife-diffusion"  # the distribution whose names no other can take
+WANTED = "KNIFE_PLUGINS"  # names the other distributions whose plugins count
+LONGEST_REASON = 300  # characters of what a plugin raises that a message quotes
 RESERVED = ("diffusion",)  # `knife train diffusion` is the model itself
 
 
@@ -47,6 +52,7 @@ class Plugin:
     version: str
     status: str  # "ok", or why it cannot be used
     module: object = None
+    error: BaseException | None = None  # what was raised when it was imported
 
     @property
     def usable(self) -> bool:
@@ -56,41 +62,104 @@ class Plugin:
 
 def names() -> list[str]:
     """Return the names of all registered tasks, sorted; nothing is imported."""
-    return sorted({point.name for point in entry_points(group=GROUP)})
+    return sorted({point.name for point in registrations(GROUP)})
+
+
+def registrations(group: str) -> list[EntryPoint]:
+    """Return the entry points of a group, knife's own and those of the distributions that the user wants.
+
+    KNIFE_PLUGINS names these, with commas between: "" stands for none, and without it all are wanted. A distribution
+    whose metadata cannot be read is passed over.
+    """
+    told, found, seen = os.environ.get(WANTED), list[EntryPoint](), set[str]()
+    wanted = None if told is None else {OWN, *(normal(name) for name in told.split(","))}
+    for distribution in distributions():
+        try:
+            name = normal(distribution.name or "?")
+            if name not in seen and (wanted is None or name in wanted):  # the first of a name on the path is it
+                found += distribution.entry_points.select(group=group)
+            seen.add(name)
+        except Exception:  # damaged in whatever way; nobody can tell then what it holds
+            continue
+    return found
+
+
+def normal(distribution: str) -> str:
+    """Return a distribution's name as all ways to spell it have it in common."""
+    return re.sub(r"[-_.]+", "-", distribution).strip().lower()
 
 
 def plugins(task: str | None = None, group: str = GROUP) -> list[Plugin]:
     """Import the registered plugins (of one task alone, if it is named) and return a row for each, sorted by task.
 
-    Of two plugins that claim one name neither is usable: which one is meant is not for knife to guess.
+    knife's own names are its own. Of two others that claim one name neither is usable: which one is meant is not for
+    knife to guess, but for KNIFE_PLUGINS to say.
     """
-    points = entry_points(group=group) if task is None else entry_points(group=group, name=task)
-    rows = sorted((inspect(point) for point in points), key=lambda row: (row.task, row.distribution))
+    points = [point for point in registrations(group) if task in (None, point.name)]
+    own = {point.name for point in points if owner(point) == OWN}
+    rows = sorted((inspect(point, own) for point in points), key=lambda row: (row.task, row.distribution))
     claims: dict[str, list[str]] = {}
     for row in rows:
         claims.setdefault(row.task, []).append(row.distribution)
     return [
         row
-        if len(claims[row.task]) == 1
-        else replace(row, status=f"claimed by {' and '.join(claims[row.task])}; uninstall all but one")
+        if row.task in own or len(claims[row.task]) == 1
+        else replace(row, status=f"claimed by {' and '.join(claims[row.task])}; uninstall all but one, or set {WANTED}")
         for row in rows
     ]
 
 
-def inspect(point: EntryPoint) -> Plugin:
-    """Import one plugin and say what it offers, or why it cannot be used."""
+def owner(point: EntryPoint) -> str:
+    """Return the distribution that an entry point belongs to, "?" if nothing tells."""
+    try:
+        return normal(point.dist.name) if point.dist and point.dist.name else "?"
+    except Exception:  # damaged metadata
+        return "?"
+
+
+def inspect(point: EntryPoint, own: Collection[str] = ()) -> Plugin:
+    """Import one plugin and say what it offers, or why it cannot be used; one with a name of knife's `own` is left."""
     row = Plugin(point.name, (), "?", "?", "ok")
     try:
         if point.dist:
             row = replace(row, distribution=point.dist.name or "?", version=point.dist.version or "?")
-        with redirect_stdout(sys.stderr):  # what a plugin prints must not get into the output of --json
+        if point.name in own and owner(point) != OWN:
+            return replace(row, status=f"the name {point.name} is knife's own; rename the entry point")
+        with hushed():
             module = point.load()
             hooks = registered(module, HOOKS_OF[point.group])
+            return replace(row, hooks=hooks, module=module, status=fault(point, module, hooks) or "ok")
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a stranger's module may raise anything, SystemExit included
-        return replace(row, status=" ".join(f"{type(error).__name__}: {error}".split()))
-    return replace(row, hooks=hooks, module=module, status=fault(point, module, hooks) or "ok")
+        return replace(row, status=reason(error), error=error)
+
+
+_hush, _hushing = threading.Lock(), list[TextIO]()  # the streams that stood there before, one for each that hushes
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Send what plugins print to stderr, in whatever thread: it must not get into the output of --json."""
+    with _hush:
+        _hushing.append(sys.stdout if not _hushing else _hushing[0])
+        sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        with _hush:
+            before = _hushing.pop()
+            if not _hushing:
+                sys.stdout = before
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line what a plugin raised; a text that cannot be made is left out."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(without a text)"
+    return " ".join(f"{type(error).__name__}: {text}".split())[:LONGEST_REASON].rstrip(" .")
 
 
 def fault(point: EntryPoint, module: object, hooks: Sequence[str]) -> str:
@@ -129,23 +198,25 @@ def task(name: str) -> "Task":
     if not found:
         known = ", ".join(names()) or "none: reinstall knife"
         raise TaskError(f"task {name}: no plugin offers it; choose from {known} (knife plugins list).")
-    if not found[0].usable:
+    usable = [row for row in found if row.usable]
+    if not usable:
         owners = " and ".join(row.distribution for row in found)
         raise TaskError(f"task {name}: its plugin ({owners}) cannot be used: {found[0].status} (knife plugins list).")
-    return Task(name, manager_of(found[0].module), found[0].hooks)
+    return Task(name, manager_of(usable[0].module), usable[0].hooks)
 
 
 @contextmanager
 def contained(who: str) -> Iterator[None]:
     """Turn what a stranger's code raises of its own into a TaskError that begins with `who`."""
     try:
-        yield
-    except (KnifeError, MemoryError):
+        with hushed():
+            yield
+    except (KnifeError, MemoryError, KeyboardInterrupt, GeneratorExit):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         if type(error).__name__ == "OutOfMemoryError":  # the device's fault, not the plugin's
             raise
-        raise TaskError(f"{who} failed: {type(error).__name__}: {error}") from error
+        raise TaskError(f"{who} failed: {reason(error)}.") from error
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,41 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, Done
 
 import knife.train
 from knife import __version__, cli, demo, doctor, pairs, spec, translation
 from knife.checkpoint import Card, describe
 from knife.cli import command_line, terminal
+from knife.errors import (
+    ApartError,
+    DeviceError,
+    DiskError,
+    DivergedError,
+    InputError,
+    KnifeError,
+    LockedError,
+    MemoryShortError,
+    ModelError,
+    OpsError,
+    SamplingError,
+    SettingsError,
+    TargetError,
+    TaskError,
+)
 from knife.image import read
 from knife.interop import foreign_names, foreign_shape
 from knife.phantom import phantom, write_dataset, write_nifti
@@ -34,39 +51,6 @@ from knife.settings import DEFAULTS, Settings
 from knife.spec import ImageSpec, Preset, Training
 
 FEW = ("--noise-level", "10", "--steps", "5")
-
-
-class Done(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path) -> Run:
-    """Run the command line in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: signal.getsignal(number))
-
-    def command(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["knife", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture
@@ -585,15 +569,73 @@ def test_debug_shows_where_a_refusal_came_from(run):
     assert "Traceback" not in run("info", "nowhere.nii").err
 
 
-def test_a_bug_is_one_sentence_and_exit_code_1(run, monkeypatch, images):
+def test_a_bug_is_one_sentence_and_exit_code_1(run, monkeypatch, tmp_path):
     def broken(path):
-        raise ZeroDivisionError("a bug\nof two lines")
+        try:
+            int("Doe, Jane")
+        except ValueError:
+            raise ZeroDivisionError("a bug\nof two lines in Jane's scan") from None
 
     monkeypatch.setattr(doctor, "about_file", broken)
-    done = run("info", "x.nii")
-    assert done.code == 1
-    assert done.err == "knife: internal error, ZeroDivisionError: a bug\\nof two lines; --debug shows where.\n"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = run("info", "Jane.nii", "--json")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("knife: internal error, ZeroDivisionError: a bug\\nof two lines in Jane's scan; --")
+    (report,) = re.findall(r"shows where; (.*) holds what a report needs", done.err)
+    assert done.err.count("\n") == 1
+    text = Path(report).read_text()
+    assert text.startswith(f"knife {__version__}, python ")
+    assert f"torch {version('torch')}" in text
+    assert "command: info\nbuiltins.ZeroDivisionError\n" in text
+    assert "tests/test_cli.py:" in text
+    assert not any(word in text for word in ("Jane", "a bug", str(tmp_path.parent)))
     assert "in broken" in run("info", "x.nii", "--debug").err
+
+
+def test_without_room_for_a_report_the_bug_is_told_all_the_same(run, monkeypatch, tmp_path):
+    def broken(path):
+        raise KeyError("x")
+
+    monkeypatch.setattr(doctor, "about_file", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert run("info", "x.nii").err == "knife: internal error, KeyError: 'x'; --debug shows where.\n"
+
+
+CODES = {  # of every error that may reach the command line: what the README says
+    InputError("a."): 2, TargetError("a."): 2, TaskError("a."): 2, ModelError("a."): 2, SettingsError("a."): 2,
+    DiskError("a."): 4, LockedError("a."): 4, SamplingError("a."): 6, DivergedError("a."): 6, OpsError("a."): 2,
+    DeviceError("a."): 2, MemoryShortError("a."): 5, OSError(28, "No space left on device", "x"): 4,
+    PermissionError(13, "Permission denied", "x"): 4, MemoryError(): 5, torch.OutOfMemoryError("CUDA"): 5,
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"): 5, RuntimeError("other"): 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", CODES, ids=repr)
+def test_every_error_has_its_exit_code_and_one_line(run, monkeypatch, tmp_path, error):
+    def broken(path):
+        raise error
+
+    monkeypatch.setattr(doctor, "about_file", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = run("info", "x.nii")
+    assert (done.code, done.out) == (CODES[error], "")
+    assert done.err.count("\n") == 1
+    assert "Traceback" not in done.err
+
+
+def test_every_kind_of_error_is_in_the_table():
+    kinds = [KnifeError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert set(kinds) - {type(error) for error in CODES} == {KnifeError, ApartError}
+
+
+def test_the_readme_tells_the_exit_codes():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    told = {
+        int(code) for row in re.findall(r"^\| ([\d, ]+) \| .* \|$", readme, re.MULTILINE) for code in row.split(",")
+    }
+    assert told == {0, 3, 130, 143, *CODES.values()}
 
 
 @pytest.mark.parametrize("arguments", [("translate",), ("info",), ("nothing",), ("presets", "--steps", "2")])
@@ -658,6 +700,21 @@ def test_an_interrupted_command_ends_by_130_without_a_word(run, monkeypatch):
 
 def test_what_a_terminal_would_obey_is_escaped():
     assert terminal.plain("a\x1b[31mb\nc\u202e\udcffé") == "a\\x1b[31mb\\nc\\u202e\\udcffé"
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left"), ValueError("closed")]
+)
+def test_what_nobody_can_hear_ends_nothing(monkeypatch, error):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal.words, "quiet", False)
+        patch.setattr(sys, "stderr", Gone())
+        for _ in range(2):
+            terminal.say("step 1")
 
 
 def test_a_recorded_command_tells_no_places():

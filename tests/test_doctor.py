@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from trees import volume_
 
 from knife import __version__, doctor, ops
 from knife.checkpoint import describe, digest, save
@@ -142,6 +143,14 @@ def test_a_model_is_told_by_its_card(models):
     assert (facts["training steps"], facts["loss"]) == (7, 0.5)
     assert facts["parameters"] > 1000
     assert not any(isinstance(value, dict | list) for value in facts.values())
+
+
+def test_a_volume_is_told_by_its_slices_too(tmp_path):
+    volume_(tmp_path / "x_t1.nii.gz", depth=12)
+    about = doctor.about_file(tmp_path / "x_t1.nii.gz")
+    assert (about["channels"], about["slices"], about["size"]) == (["t1"], 12, [16, 16])
+    assert (about["lowest"], about["highest"], about["synthetic"]) == ([0.0], [12.0], False)
+    assert doctor.summary(about)["slices"] == 12
 
 
 def test_an_image_is_told_by_its_channels_geometry_and_intensities(images):

@@ -192,7 +192,7 @@ def test_of_two_judges_of_one_name_neither_is_asked(without_faces: None, install
     install("bright", GOOD, "one")
     install("bright", GOOD, "two")
     assert {row.status for row in plugins(group=JUDGES) if row.task == "bright"} == {
-        "claimed by one and two; uninstall all but one"
+        "claimed by one and two; uninstall all but one, or set KNIFE_PLUGINS"
     }
     assert ask() == (None, [])
 
@@ -282,7 +282,7 @@ def test_an_evaluation_reads_by_it(without_faces: None, install: Install, photos
     about = found.about
     assert about["judge"] is True
     assert [judge["origin"] for judge in about["judges"]] == ["Brightness 7"]
-    assert about["judges_left_out"] == ["judge aa_broken: its hook judge failed: ZeroDivisionError: division by zero"]
+    assert about["judges_left_out"] == ["judge aa_broken: its hook judge failed: ZeroDivisionError: division by zero."]
     assert len(found.rows) == 4
     assert all(row["judge_after"] != pytest.approx(row["guide_after"], rel=1e-3) for row in found.rows)
     own = {image["image"]: image["judge_own_error"] for image in found.images}

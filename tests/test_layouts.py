@@ -99,7 +99,7 @@ def test_a_wrong_manifest_is_refused_by_what_is_wrong(tmp_path: Path, lines: lis
 
 def test_a_manifest_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.csv").write_bytes(b"image\n\xff\xfe\x80.png\n")
-    with pytest.raises(InputError, match=r"manifest\.csv: cannot be read as a table"):
+    with pytest.raises(InputError, match=r"manifest\.csv: cannot be read \(.*UTF-8"):
         open_folder(tmp_path)
 
 
@@ -285,6 +285,13 @@ def test_lists_that_are_no_text_are_refused(tmp_path: Path) -> None:
     picture(tmp_path / "a.jpg")
     (tmp_path / "list_attr_celeba.txt").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(InputError, match=r"list_attr_celeba.txt: cannot be read"):
+        open_folder(tmp_path)
+
+
+def test_a_list_whose_head_is_cut_off_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "list_attr_celeba.csv").write_text("image_id,Bald\na.jpg,1,-1,1\n")
+    with pytest.raises(InputError, match="list_attr_celeba names 2 attributes, its lines 3"):
         open_folder(tmp_path)
 
 

@@ -104,6 +104,12 @@ def test_a_path_with_a_spread_rises_by_whole_levels_that_lie_closer_near_zero(ca
     assert all(b - a >= -1 for a, b in pairwise(gaps))  # they grow, up to the rounding of their ends
 
 
+@pytest.mark.parametrize("levels", [0, -1, 10**9, float("nan")])
+def test_schedules_of_no_levels_or_too_many_are_refused(levels):
+    with pytest.raises(SettingsError, match="give 1 to 100000"):
+        Schedule("linear", levels)
+
+
 def test_path_takes_the_nearest_levels():
     assert path(1000, 3) == [0, 333, 667, 1000]
     assert path(4, 4) == [0, 1, 2, 3, 4]

@@ -31,6 +31,33 @@ def test_settings_that_a_later_knife_adds_to_an_architecture_are_passed_over():
     assert ImageSpec.from_json(values) == SPEC
 
 
+IMPOSSIBLE = {
+    "width": 0, "mult": [], "res_blocks": 10**9, "heads": -1, "head_width": 2.5, "groups": "8", "stem": True,
+    "classes": -3, "outputs": 10**9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_networks_that_cannot_be_are_no_spec(name):
+    values = SPEC.to_json()
+    values["unet"][name] = IMPOSSIBLE[name]
+    with pytest.raises(ValueError, match=r"is no network|too many"):
+        ImageSpec.from_json(values)
+
+
+def test_a_tower_of_levels_is_no_network():
+    values = SPEC.to_json()
+    values["encoder"]["mult"] = [1] * 2000
+    with pytest.raises(ValueError, match="2000 levels of 1 blocks are too many"):
+        ImageSpec.from_json(values)
+
+
+@pytest.mark.parametrize("change", [{"channels": [1, 2]}, {"size": [8, "x"]}, {"value_range": [0, float("nan")]}])
+def test_images_that_cannot_be_are_no_spec(change):
+    with pytest.raises((TypeError, ValueError)):
+        ImageSpec.from_json(SPEC.to_json() | change)
+
+
 def test_networks_have_the_channels_of_the_spec():
     x, t = torch.zeros(1, 2, 8, 12), torch.tensor([0])
     assert SPEC.build_unet(3)(x, t).shape == (1, 3, 8, 12)

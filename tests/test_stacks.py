@@ -14,7 +14,7 @@ import torch
 
 from knife import stacks, steering, translation
 from knife import steering as module
-from knife.errors import InputError, SamplingError, SettingsError
+from knife.errors import DiskError, InputError, SamplingError
 from knife.phantom import phantom
 from knife.settings import Settings, Wish
 from knife.translation import translate
@@ -198,7 +198,7 @@ def test_what_is_all_done_needs_no_network(quick, patient, monkeypatch, tmp_path
     """Stopped between the last slice and the volume: nothing is walked again."""
     with monkeypatch.context() as patch:
         patch.setattr(stacks.volume, "write", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(SettingsError, match="No space left"):
+        with pytest.raises(DiskError, match="No space left"):
             quick(patient, "regress", "0.3", slices=(3, 6))
     with monkeypatch.context() as patch:
         walked = stopping_after(patch, 0)

@@ -131,14 +131,34 @@ def test_a_name_that_cannot_be_a_task(name, install):
     assert status.startswith(("the name must be lowercase", "the name diffusion is taken by the model itself"))
 
 
-def test_a_plugin_that_shadows_a_built_in_task_is_named_beside_it(install):
-    install("shadow", GOOD, task_name="regress")
+def test_a_plugin_that_shadows_a_built_in_task_is_left_aside(install):
+    install("shadow", "raise SystemExit('this is not imported')", task_name="regress")
     rows = [row for row in plugins() if row.task == "regress"]
     assert [row.distribution for row in rows] == ["knife-diffusion", "knife-shadow"]
-    assert {row.status for row in rows} == {"claimed by knife-diffusion and knife-shadow; uninstall all but one"}
-    with pytest.raises(TaskError, match=r"task regress: .*\(knife-diffusion and knife-shadow\).*uninstall"):
-        task("regress")
-    assert task("classify").name == "classify"
+    assert [row.status for row in rows] == ["ok", "the name regress is knife's own; rename the entry point"]
+    assert task("regress").hooks == HOOKS
+
+
+def test_the_user_says_whose_plugins_count(install, monkeypatch):
+    install("one", GOOD, task_name="twice")
+    install("two", GOOD, task_name="twice")
+    monkeypatch.setenv("KNIFE_PLUGINS", "Knife_Two")
+    assert [row.distribution for row in plugins() if row.task == "twice"] == ["knife-two"]
+    assert task("twice").hooks == ("label", "build", "train", "target", "guide")
+    monkeypatch.setenv("KNIFE_PLUGINS", "")
+    assert names() == BUILTIN
+    with pytest.raises(TaskError, match="task twice: no plugin offers it"):
+        task("twice")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x80", b"no section\n", b"[knife\nx", b"[knife]\nno value\n", b"\0" * 99]
+)
+def test_metadata_that_cannot_be_read_hides_no_other(install, content):
+    (install("damaged", GOOD) / "entry_points.txt").write_bytes(content)
+    install("good", GOOD)
+    assert {"good", *BUILTIN} <= set(names())
+    assert task("good").name == "good"
 
 
 def test_two_strangers_of_one_name(install):

@@ -22,6 +22,7 @@ from knife import steering as module
 from knife.checkpoint import describe, digest, load, read_tensors, save
 from knife.errors import (
     DeviceError,
+    DiskError,
     InputError,
     KnifeError,
     ModelError,
@@ -773,7 +774,7 @@ def test_a_full_disk_is_a_refusal_without_a_record(quick, images, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(outputs, "write_safely", full)
-    with pytest.raises(SettingsError, match=r"-o .*out: cannot be written to \(No space left on device\)"):
+    with pytest.raises(DiskError, match=r"-o .*out: cannot be written to \(No space left on device\)"):
         quick(images / "slice.nii", "regress", "0.3", out=tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.json"))
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from knife import __version__
+from knife.cli.benching import bench
+from knife.cli.crash import write_report
 from knife.cli.data import data_app
 from knife.cli.measure import calibrate, evaluate
 from knife.cli.options import NoiseLevel, Quality, Solver, Steps
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 KNOWN = 0.03  # mean error of the unguided round trip, of the range, above which a model hardly knows an image
 SOME_FAILED = 3  # the exit code of a batch of which a part was done
+DISK, MEMORY = 4, 5  # the exit codes of what the system refuses
+SHORT_OF_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator")  # how torch says it
 SHOWN_SKIPPED = 5  # skipped images that are named
 SHOWN_MISSED = 5  # images that did not reach their targets
 SAID = (  # what of a record is said in the end
@@ -53,6 +57,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.command()(calibrate)
 app.command()(evaluate)
+app.command()(bench)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Models = Annotated[Path, typer.Option("--models", help="Folder of trained models.")]
@@ -82,11 +87,22 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, KnifeError):
-            say(f"knife: {error}")
-            sys.exit(error.exit_code)
-        say(f"knife: internal error, {type(error).__name__}: {error}; --debug shows where.")
-        sys.exit(1)
+        said, code = verdict(error)
+        say(f"knife: {said}")
+        sys.exit(code)
+
+
+def verdict(error: Exception) -> tuple[str, int]:
+    """Return what is said of an error, in one line, and the exit code: see the README's table."""
+    if isinstance(error, KnifeError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'a file'}: {error.strerror}; make room, or allow it.", DISK
+    if isinstance(error, MemoryError) or any(word in f"{type(error).__name__} {error}" for word in SHORT_OF_MEMORY):
+        return "out of memory; give smaller images, a smaller --batch-size, or another --device.", MEMORY
+    report = write_report(error, typer.main.get_group(app).commands)
+    where = f"; {report} holds what a report needs, and nothing of your data" if report else ""
+    return f"internal error, {type(error).__name__}: {error}; --debug shows where{where}.", 1
 
 
 def version(wanted: bool) -> None:
@@ -137,6 +153,9 @@ def train(
         float, typer.Option("--min-brain", help="Skip slices of volumes that show less than this share.")
     ] = 0.0,
     nan: Nan = None,
+    synthetic: Annotated[
+        bool, typer.Option("--allow-synthetic", help="Learn from images marked as made by knife too.")
+    ] = False,
     balance: Annotated[
         bool, typer.Option("--balance", help="Show classes, or tenths of the label's range, equally often.")
     ] = False,
@@ -160,13 +179,19 @@ def train(
     spare_judge: Annotated[
         bool, typer.Option("--spare-judge", help="Leave out the half of the patients that judges learn from.")
     ] = False,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-dataset-change", help="Resume though the images have changed.")
+    ] = False,
+    steal_lock: Annotated[
+        bool, typer.Option("--steal-lock", help="Train though another machine seems to be training this model.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Train a diffusion model or a task network; the same command again resumes."""
     from knife.devices import keep_freed_memory, resolve_device
+    from knife.job import Run
     from knife.ranks import leads, own_device
     from knife.spec import preset as look_up
-    from knife.train import Run
     from knife.train import train as run_training
 
     defaults = look_up(preset).settings(kind)
@@ -191,6 +216,7 @@ def train(
         mask_labels=label_numbers(mask_labels),
         min_brain=min_brain,
         nan=nan,
+        synthetic=synthetic,
         balance=balance,
         cap=cap,
         device=where,
@@ -199,6 +225,8 @@ def train(
         tensorboard=tensorboard,
         judge=judge,
         spare_judge=spare_judge,
+        accept_data=accept_data,
+        steal_lock=steal_lock,
         command=command_line(sys.argv[1:]),
     )
     with interruptible() as caught, progress() as show:
@@ -287,6 +315,10 @@ class TrainingView:
         """Say that a file was written."""
         if words.is_terminal:
             say(f"saved {path}")
+
+    def warned(self, words: str) -> None:
+        """Say what is amiss."""
+        say(f"knife: {words}")
 
 
 # --------------------------------------------------------------------------------------------------------- translation
@@ -710,6 +742,21 @@ def plugins_list(as_json: Json = False) -> None:
     else:
         for part in filter(None, rows):
             show_table(part)
+
+
+@plugins_app.command("check")
+def plugins_check(name: Annotated[str, typer.Argument(help="The name of a task or a judge.")]) -> None:
+    """Import a plugin and hold it to its contract; the exit code is 1 if it fails, and stderr says where."""
+    from knife.contract import check_plugin
+    from knife.errors import TaskError
+
+    try:
+        give(check_plugin(name))
+    except TaskError as error:
+        for line in "".join(traceback.format_exception(error.__cause__ or error)).splitlines():
+            say(line)
+        say(f"knife: {error}")
+        raise typer.Exit(1) from None
 
 
 @plugins_app.command("new")

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -13,7 +13,16 @@ from rich.table import Table
 PLAIN_SECONDS = 5  # between two lines of progress where there is no terminal
 WIDE = 10_000  # columns of a table that goes to a file
 
-words = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+class Words(Console):
+    """A console whose listener may go: what is at work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Fall silent, where rich would end the process."""
+        self.quiet = True
+
+
+words = Words(stderr=True, highlight=False, markup=False, emoji=False)
 results = Console(highlight=False, markup=False, emoji=False)
 
 
@@ -24,7 +33,8 @@ def plain(text: object) -> str:
 
 def say(text: object) -> None:
     """Print words to stderr, at once and unbroken."""
-    words.print(plain(text), soft_wrap=True)
+    with suppress(OSError, ValueError):  # stderr is closed, or a file on a full disk
+        words.print(plain(text), soft_wrap=True)
 
 
 def give(text: object) -> None:
