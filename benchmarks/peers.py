@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
 
 def about(threads: int) -> dict[str, Any]:
     """Return what the figures hold for."""
-    from ops import machine
+    from knife.bench import machine
 
     wanted = dict.fromkeys(name for program in PROGRAMS for name in program.needs.values())
     found = {dist.name.replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
@@ -357,14 +357,14 @@ def imported(path: Path, kind: str, spec: "ImageSpec") -> None:
 def steepness_of(folder: Path) -> float:
     """Return the size of sqrt(1 - ab) g on noised phantoms half the way up."""
     from knife import load_model
-    from knife.ddim import gradient
+    from knife.ddim import slope
     from knife.schedule import Schedule, noise
 
     x = torch.from_numpy(images(folder, Case("", "", "small", 1, 1)))
     ab = Schedule("linear", TRAINED).alpha_bar[HIGHEST // 2].expand(len(x))
     noisy = noise(x, torch.randn_like(x), ab)
     guide = load_model(folder / "models" / "peers" / "regress.safetensors")
-    g = gradient(lambda x, t: score(guide, x, t), noisy, torch.full((len(x),), HIGHEST // 2))
+    g = slope(lambda x, t: score(guide, x, t), noisy, torch.full((len(x),), HIGHEST // 2)).gradient
     return float((1 - ab[0]).sqrt() * g.square().mean().sqrt())
 
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from knife.data import Case, Form, channels_of, image_of, load, stack
-from knife.ddim import gradient
-from knife.errors import InputError, KnifeError, TargetError, TaskError
+from knife.ddim import slope
+from knife.errors import InputError, KnifeError, SettingsError, TargetError, TaskError
 from knife.hookspecs import REQUIRED
 from knife.image import Image
 from knife.layouts import open_folder
 from knife.phantom import write_dataset
 from knife.schedule import Schedule, noise, timestep
 from knife.spec import ImageSpec
-from knife.tasks import Task, manager_of, registered
+from knife.tasks import GROUP, JUDGES, Task, manager_of, plugins, registered
 from knife.tasks import task as task_of
 from knife.unet import Architecture
 
@@ -94,6 +94,28 @@ def check_task(
         check_evaluate(trial, net, wanted[0], config)
         for target in wanted:
             check_error(trial, net, target, config)
+
+
+def check_plugin(name: str) -> str:
+    """Check what is registered under a name, and say what was found: a task is tried, of a judge the hooks are seen.
+
+    Raises:
+        SettingsError: if there is no such plugin.
+        TaskError: if it cannot be imported (which is the cause), or breaks its contract.
+    """
+    said = []
+    for group in (GROUP, JUDGES):
+        rows = plugins(name, group)
+        usable = [row for row in rows if row.usable]
+        if rows and not usable:
+            raise TaskError(f"plugin {name} ({rows[0].distribution}): {rows[0].status}.") from rows[0].error
+        if usable and group == GROUP:
+            check_task(name)
+        role = "task, keeps its contract" if group == GROUP else "judge, has its hooks"
+        said += [f"{name} ({row.distribution} {row.version}): a {role}" for row in usable]
+    if not said:
+        raise SettingsError(f"NAME {name}: no plugin has it; give one that knife plugins list shows.")
+    return "; ".join(said)
 
 
 @contextmanager
@@ -261,7 +283,7 @@ def ask(trial: Trial, net: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor
     with torch.no_grad():
         value = score(x, trial.t[: len(x)])
     try:
-        g = gradient(score, x, trial.t[: len(x)])
+        g = slope(score, x, trial.t[: len(x)]).gradient
     except RuntimeError as error:
         raise trial.wrong("guide", f"cannot be differentiated ({error})", "its score must depend on x") from error
     for found in (value, g):

@@ -26,10 +26,11 @@ from knife.schedule import Schedule, timestep
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N, C or 2C, H, W]
 Score = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N], higher is nearer to the target
-Scale = Callable[[Tensor, Tensor], Tensor]  # (gradient [N, C, H, W], alpha_bar []) -> s for each image, [N]
+Scale = Callable[["Slope", Tensor, Tensor], Tensor]  # (slope, alpha_bar [], the next alpha_bar []) -> s of each, [N]
 Track = Callable[[int, Tensor], None]  # called with (level, x at that level) after every step
 Hold = Callable[[int, Tensor], Tensor]  # (level, x at that level) -> what the walk goes on with
 FLAT = 1e-30  # a score that slopes less asks for nothing
+WHOLE = 0.05  # strength from which a step may ask for all that its target lacks, if the image shows all of itself
 
 
 class Point(NamedTuple):
@@ -48,6 +49,10 @@ class Point(NamedTuple):
     def x0(self) -> Tensor:
         """Return the predicted clean images."""
         return (self.x - math.sqrt(1 - self.alpha_bar) * self.eps) / math.sqrt(self.alpha_bar)
+
+    def first(self, count: int | None) -> "Point":
+        """Return the point of the first images."""
+        return Point(self.x[:count], self.eps[:count], self.alpha_bar)
 
     def part(self, rows: Tensor) -> "Point":
         """Return the point of some of the images, each as often as `rows` names it."""
@@ -93,18 +98,26 @@ def dpm2m(here: Point, before: Point | None, sigma: float) -> Tensor:
 SOLVERS: Mapping[str, Solver] = {"ddim": ddim, "ab2": ab2, "dpm2m": dpm2m}
 
 
+class Slope(NamedTuple):
+    """How well noisy images fit a target: a score [N], and its gradient [N, C, H, W]."""
+
+    score: Tensor
+    gradient: Tensor
+
+
 class Guidance(NamedTuple):
     """What pulls at images while they are decoded.
 
     score: how well noisy images fit the target. scale: the paper's s, or what makes one for each image and step, as
     `balanced` does; 0 is bit for bit the unguided result. low, high: it pulls in steps from levels above `low`, up to
-    `high`.
+    `high`. fresh: it sees the images under noise of its own, see `under_fresh_noise`, instead of x as in the paper.
     """
 
     score: Score
     scale: float | Scale
     low: int = 0
     high: float = math.inf
+    fresh: bool = False
 
     def pulls(self, level: int) -> bool:
         """Tell whether it pulls in a step from a level."""
@@ -220,7 +233,7 @@ def walk(
         here = Point(x, net(x, t)[:, : x.shape[1]].to(x.dtype), known[level])
         eps = solver(here, before, sigma_of(known[next_level]))
         pulling = [one for one in guidance if one.pulls(level)]
-        g, s = pull(pulling, x[:guided], t[:guided], alpha_bar[level]) if pulling else (None, ones)
+        g, s = pull(pulling, here.first(guided), level, next_level, alpha_bar) if pulling else (None, ones)
         if g is not None and len(g) < len(x):
             g, s = torch.cat([g, torch.zeros_like(x[len(g) :])]), torch.cat([s, ones[len(s) :]])
         x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, s, clamp)  # eq. 3, 4
@@ -233,18 +246,32 @@ def walk(
     return x, before
 
 
-def pull(guidance: Sequence[Guidance], x: Tensor, t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+def pull(
+    guidance: Sequence[Guidance], here: Point, level: int, next_level: int, alpha_bar: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return what pulls at images [N, C, H, W] together: a gradient of their shape, and its scale for each, [N]."""
-    ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
-    gradients = [gradient(one.score, x, t) for one in guidance]
+    ones = torch.ones(len(here.x), dtype=torch.float64, device=here.x.device)
+    t = timestep(level * ones).long()
+    slopes = [slope(one.score, under_fresh_noise(here, level) if one.fresh else here.x, t) for one in guidance]
     scales = [
-        one.scale(g, alpha_bar) if callable(one.scale) else one.scale * ones
-        for one, g in zip(guidance, gradients, strict=True)
+        one.scale(at, alpha_bar[level], alpha_bar[next_level]) if callable(one.scale) else one.scale * ones
+        for one, at in zip(guidance, slopes, strict=True)
     ]
-    if len(gradients) == 1:
-        return gradients[0], scales[0]
-    pulls = [g * s[:, None, None, None].to(g.dtype) for g, s in zip(gradients, scales, strict=True)]
+    if len(slopes) == 1:
+        return slopes[0].gradient, scales[0]
+    pulls = [at.gradient * s[:, None, None, None].to(here.x.dtype) for at, s in zip(slopes, scales, strict=True)]
     return torch.stack(pulls).sum(0), ones
+
+
+def under_fresh_noise(here: Point, level: int) -> Tensor:
+    """Return noisy images [N, C, H, W] whose predicted x0 is the same, and whose noise is drawn anew.
+
+    Task networks learn from images under noise that knows nothing of them. The noise of an encoded image is made of
+    the image, and stays for the whole walk: a network that meets nothing else is met in its weaknesses. The draw
+    depends on the level alone, and is the same for every image, so that no result depends on its batch.
+    """
+    noise = torch.randn(here.x.shape[1:], generator=torch.Generator().manual_seed(level)).to(here.x)
+    return here.x + math.sqrt(1 - here.alpha_bar) * (noise - here.eps)
 
 
 def keep_outside(region: Tensor, trajectory: Mapping[int, Tensor]) -> Hold:
@@ -265,31 +292,50 @@ def keep_outside(region: Tensor, trajectory: Mapping[int, Tensor]) -> Hold:
     return hold
 
 
-def gradient(score: Score, x: Tensor, t: Tensor) -> Tensor:
-    """Differentiate a score with respect to the images alone: [N, C, H, W].
+def slope(score: Score, x: Tensor, t: Tensor) -> Slope:
+    """Return a score of images [N, C, H, W], and differentiate it with respect to them alone.
 
     The images of a batch do not see each other, so the gradient of the sum holds every image's own.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(score(x, t).sum(), x)[0]
+        reached = score(x, t)
+        return Slope(reached.detach(), torch.autograd.grad(reached.sum(), x)[0])
 
 
 def balanced(strength: float | Tensor, steepness: float) -> Scale:
-    """Return a scale that carries over between images, tasks and data sets.
+    """Return a scale that carries over between images, tasks and data sets, and from few steps to many.
 
     Guidance s sqrt(1 - ab) g has the size `strength` against eps, whose size is 1 a pixel, where the score is as steep
     as usual. Where it is not, its size follows the square root of the steepness instead of the steepness itself: a
     guide that hardly slopes, as a regressor far from any tumour, still moves its image, one that slopes too much does
     not tear it apart, and guidance still fades as the target is reached.
 
+    A score below 0 is at its best at 0, and no step asks for more than that: on the tangent, or, as scores are minus
+    squares, on the parabola that is flat there (Newton's step). Without this limit long steps overshoot, and pull an
+    image to and fro. Of a noisy image only the share ab can be told, so that the limit is tighter there.
+
     Args:
         strength: the size of the guidance, one for all images or one for each, [N].
         steepness: the usual size of sqrt(1 - ab) g, as measured when the guide was trained.
     """
 
-    def scale(g: Tensor, alpha_bar: Tensor) -> Tensor:
-        size = (1 - alpha_bar).sqrt() * g.flatten(1).double().square().mean(1).sqrt()
-        return strength / (steepness * size).clamp(min=FLAT).sqrt()
+    def scale(at: Slope, alpha_bar: Tensor, next_alpha_bar: Tensor) -> Tensor:
+        squares = at.gradient.flatten(1).double().square()
+        size = ((1 - alpha_bar) * squares.mean(1)).sqrt()
+        s = strength / (steepness * size).clamp(min=FLAT).sqrt()
+        gain = reach(alpha_bar, next_alpha_bar) * squares.sum(1)  # on the tangent, of s = 1
+        share = (strength / WHOLE * alpha_bar).clamp(max=1)
+        enough = -2 * share * at.score.double() / gain.clamp(min=FLAT)
+        return torch.where(at.score < 0, torch.minimum(s, enough), s)
 
     return scale
+
+
+def reach(alpha_bar: Tensor, next_alpha_bar: Tensor) -> Tensor:
+    """Return how far a step moves images along the gradient for s = 1, as the step before it sees it.
+
+    By eq. 3 guidance sqrt(1 - ab) g in eps moves x' by sqrt(ab') (sigma - sigma') of it, and x = x' sqrt(ab / ab').
+    """
+    sigma, next_sigma = (((1 - ab) / ab).sqrt() for ab in (alpha_bar, next_alpha_bar))
+    return alpha_bar.sqrt() * (sigma - next_sigma) * (1 - alpha_bar).sqrt()

@@ -8,7 +8,7 @@ from knife.errors import SettingsError
 LEVEL = 475  # L, where no calibration says better
 SPREAD = 1.5  # power by which the levels of a walk lie closer near 0, where an image's details are made and lost
 STRENGTH = 0.2  # where the loop cannot be closed
-FIRST, ROUNDS = 0.05, 3  # the strength that the closed loop begins with, and the times that it decodes an image
+FIRST, ROUNDS = 0.1, 3  # the strength that the closed loop begins with, and the times that it decodes an image
 
 
 class Quality(NamedTuple):
@@ -19,7 +19,7 @@ class Quality(NamedTuple):
 
 
 SOLVER_NAMES = ("ab2", "dpm2m", "ddim")
-QUALITIES = {"draft": Quality(20, "ab2"), "standard": Quality(50, "ab2"), "paper": Quality(1000, "ddim")}
+QUALITIES = {"draft": Quality(10, "ab2"), "standard": Quality(20, "ab2"), "paper": Quality(1000, "ddim")}
 STANDARD = QUALITIES["standard"]
 
 

@@ -412,7 +412,7 @@ def guidance_of(job: Job, start: Start, number: int, strengths: Sequence[float |
         return Guidance(score, guide.weight * job.settings.scale, guide.low, guide.high)
     strength = guide.weight * torch.tensor(strengths, dtype=torch.float64, device=start.x.device)
     scale = balanced(strength, guide.steepness) if strength.any() else 0.0
-    return Guidance(score, scale, guide.low, guide.high)
+    return Guidance(score, scale, guide.low, guide.high, fresh=True)
 
 
 def attempts_of(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TUMOUR = "relative size of the mask"
 PIXELS = f"{TUMOUR}, pixel by pixel"  # the same, but counted
+ENDLESS = 100.0  # no prediction in standard units comes near: a score that stays above 0 has no end to be near to
 
 
 class Size(nn.Module):
@@ -125,10 +126,10 @@ def number_wanted(text: str, config: Mapping[str, Any]) -> float:
 
 @hookimpl
 def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
-    """Return -1/2 (R - v)^2, whose gradient is c grad R with c = v - R; towards infinity, the prediction itself."""
+    """Return -1/2 (R - v)^2, whose gradient is c grad R with c = v - R; towards infinity, the prediction, above 0."""
     prediction, target = net(x, t)[:, 0], standard(net, target)
     distance = -0.5 * (prediction - target.nan_to_num(posinf=0, neginf=0)) ** 2
-    return torch.where(target.isinf(), target.sign() * prediction, distance)
+    return torch.where(target.isinf(), ENDLESS + target.sign() * prediction, distance)
 
 
 @hookimpl

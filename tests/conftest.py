@@ -1,6 +1,10 @@
 """What several test modules use: one thread, a folder of tiny stored models, and images for them."""
 
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -8,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from knife import cli
 from knife.checkpoint import Card, save
-from knife.ddim import gradient
+from knife.ddim import slope
 from knife.phantom import phantom, write_nifti
 from knife.schedule import Schedule, timestep
 from knife.spec import ImageSpec
@@ -63,6 +68,39 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Done(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: signal.getsignal(number))
+
+    def command(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["knife", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return command
+
+
 def store(folder: Path, card: Card) -> Path:
     """Store a network of random weights, and return its file."""
     torch.manual_seed(0)
@@ -86,7 +124,7 @@ def steepness(card: Card, net: nn.Module) -> float:
     """Measure the size of the guidance half way up the noise levels, as a training does."""
     x: Tensor = torch.randn(2, len(card.spec.channels), *SIZE)
     level = torch.full((2,), card.schedule.T // 2)
-    g = gradient(task(card.kind).score(net, TARGETS[card.kind]), x, timestep(level))
+    g = slope(task(card.kind).score(net, TARGETS[card.kind]), x, timestep(level)).gradient
     return float((1 - card.schedule.alpha_bar[level[0]]).sqrt() * g.square().mean().sqrt())
 
 

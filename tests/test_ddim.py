@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from knife.ddim import (
     SOLVERS,
+    WHOLE,
     Guidance,
     Point,
+    Slope,
     ab2,
     balanced,
     decode,
     decode_with_control,
     encode,
-    gradient,
     keep_outside,
+    slope,
+    under_fresh_noise,
 )
 from knife.schedule import Schedule, path
 from knife.settings import QUALITIES, SOLVER_NAMES
@@ -283,9 +286,14 @@ def test_scale_zero_is_bit_for_bit_unguided(clamp, dtype):
     assert torch.equal(guided, decode(net, x, schedule, levels, clamp=clamp))
 
 
+def endless(g: Tensor) -> Slope:
+    """Return the slope of a score that has no best."""
+    return Slope(torch.ones(len(g)), g)
+
+
 def sizes(strength: float, steepness: float, g: Tensor, alpha_bar: Tensor) -> Tensor:
     """Return the size of the guidance of each image against eps."""
-    s = balanced(strength, steepness)(g, alpha_bar)
+    s = balanced(strength, steepness)(endless(g), alpha_bar, alpha_bar)
     return s * (1 - alpha_bar).sqrt() * g.flatten(1).double().square().mean(1).sqrt()
 
 
@@ -316,11 +324,87 @@ def test_balanced_decoding_takes_the_step_with_its_scale():
     score = lambda x, t: -0.5 * (x - 1).square().flatten(1).sum(1)  # noqa: E731
     net = lambda x, t: 0.1 * x  # noqa: E731
     found = decode(net, x, schedule, [100, 200], [Guidance(score, balanced(0.3, 0.5))])
-    g, ab = 1 - x, schedule.alpha_bar
-    s = balanced(0.3, 0.5)(g, ab[200])
+    ab = schedule.alpha_bar
+    s = balanced(0.3, 0.5)(Slope(score(x, None), 1 - x), ab[200], ab[100])
     for i in range(2):
         one = decode(net, x[i : i + 1], schedule, [100, 200], [Guidance(score, float(s[i]))])
         torch.testing.assert_close(found[i : i + 1], one)
+
+
+@pytest.mark.parametrize("step", [[0, 400], [200, 400], [390, 400]])
+def test_a_hard_pull_lands_on_the_target_in_one_step_however_long(step):
+    schedule, x, wanted = Schedule(), normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1)
+    score = lambda x, t: -0.5 * (x - wanted).square().flatten(1).sum(1)  # noqa: E731
+    found = decode(lambda x, t: 0 * x, x, schedule, step, [Guidance(score, balanced(1e9, 1.0))])
+    ab, next_ab = schedule.alpha_bar[400], schedule.alpha_bar[step[0]]
+    torch.testing.assert_close(found, wanted * (next_ab / ab).sqrt())  # where x itself would come as x sqrt(ab' / ab)
+
+
+def test_a_gentle_pull_asks_for_a_share_of_what_is_lacking_and_for_less_under_more_noise():
+    at = Slope(torch.tensor([-2.0]), normal(1, 1, 8, 8))
+    ab, next_ab = (torch.tensor(value, dtype=torch.float64) for value in (0.5, 0.6))
+    hard, half, tenth = (balanced(k * WHOLE, 1e-12)(at, ab, next_ab).item() for k in (9, 1, 0.2))
+    assert half == pytest.approx(hard / 2)  # of an image that shows half of itself
+    assert tenth == pytest.approx(hard / 10)
+    clear = balanced(WHOLE, 1e-12)(at, ab + 0.49, ab + 0.491).item()
+    gain = [
+        ((1 - ab) - (ab * (1 - ab) * (1 - ab_) / ab_).sqrt()).item()
+        for ab, ab_ in ((ab, next_ab), (ab + 0.49, ab + 0.491))
+    ]
+    assert clear * gain[1] / (hard * gain[0]) == pytest.approx(0.99)
+
+
+def test_a_score_without_end_is_climbed_at_full_strength_and_a_weak_one_is_not_helped():
+    g, (ab, next_ab) = normal(1, 1, 8, 8), Schedule().alpha_bar[[300, 200]]
+    free = balanced(0.1, 0.01)(endless(g), ab, next_ab)
+    assert balanced(0.1, 0.01)(Slope(torch.tensor([-1e9]), g), ab, next_ab) == free
+    assert balanced(0.1, 0.01)(Slope(torch.tensor([-1e-9]), g), ab, next_ab) < 1e-3 * free
+    assert balanced(0.1, 0.01)(Slope(torch.tensor([0.0]), g), ab, next_ab) == free
+
+
+def test_long_steps_do_not_pull_to_and_fro():
+    """A stiff score: each step at full strength would overshoot its target."""
+    schedule, levels, x = Schedule(), path(475, 10), normal(1, 1, 8, 8)
+    said = []
+
+    def score(x, t):
+        miss = x.mean((1, 2, 3)) - 0.5
+        said.append(float(miss.detach()))
+        return -0.5 * (100 * miss).square()
+
+    decode(lambda x, t: 0.1 * x, x, schedule, levels, [Guidance(score, balanced(1.0, 1e-4))])
+    assert abs(said[-1]) < 0.02
+    assert all(abs(b) < abs(a) + 0.1 for a, b in pairwise(said))  # x itself grows by a little from step to step
+
+
+def test_fresh_noise_leaves_the_predicted_image_and_is_the_same_for_all():
+    level, schedule = 300, Schedule()
+    ab = schedule.alpha_bar[level].item()
+    here = Point(normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1), ab)
+    seen = under_fresh_noise(here, level)
+    noise = (seen - math.sqrt(ab) * here.x0) / math.sqrt(1 - ab)
+    torch.testing.assert_close(noise[0], noise[1])
+    assert noise.std() == pytest.approx(1, abs=0.5)
+    assert not torch.allclose(noise, here.eps, atol=0.1)
+    assert torch.equal(seen, under_fresh_noise(here, level))
+    other = under_fresh_noise(here, level + 1)
+    assert not torch.allclose(seen, other, atol=0.1)
+    torch.testing.assert_close(under_fresh_noise(here.first(1), level), seen[:1], rtol=0, atol=0)
+
+
+def test_a_guide_is_shown_fresh_noise_where_it_asks_for_it_and_the_images_themselves_as_in_the_paper():
+    schedule, x, shown = Schedule(), normal(2, 1, 4, 4), []
+    net = lambda x, t: 0.3 * x  # noqa: E731
+
+    def score(x, t):
+        shown.append(x.detach())
+        return x.flatten(1).sum(1)
+
+    decode(net, x, schedule, [0, 200], [Guidance(score, 0.1)])
+    decode(net, x, schedule, [0, 200], [Guidance(score, 0.1, fresh=True)])
+    assert torch.equal(shown[0], x)
+    here = Point(x, 0.3 * x, schedule.alpha_bar[200].item())
+    assert torch.equal(shown[1], under_fresh_noise(here, 200))
 
 
 @pytest.mark.parametrize("scale", [0.5, balanced(0.3, 0.5)], ids=["paper", "balanced"])
@@ -402,11 +486,11 @@ def test_pulls_of_several_guides_add_up():
 
 def test_each_image_of_a_batch_may_have_a_strength_of_its_own():
     alpha_bar, g = Schedule().alpha_bar[100], normal(2, 2, 8, 8)
-    both = balanced(torch.tensor([0.1, 0.4]), 0.01)(g, alpha_bar)
-    for i, strength in enumerate((0.1, 0.4)):
-        torch.testing.assert_close(
-            both[i : i + 1], balanced(strength, 0.01)(g[i : i + 1], alpha_bar), rtol=1e-6, atol=0
-        )
+    at = Slope(torch.tensor([-1e6, -1e-3]), g)  # the first is far from its best, the second not
+    both = balanced(torch.tensor([0.1, 0.04]), 0.01)(at, alpha_bar, alpha_bar / 2)
+    for i, strength in enumerate((0.1, 0.04)):
+        alone = balanced(strength, 0.01)(Slope(at.score[i : i + 1], g[i : i + 1]), alpha_bar, alpha_bar / 2)
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-6, atol=0)
 
 
 def test_scale_zero_does_not_ask_the_guide():
@@ -467,11 +551,11 @@ def test_a_network_that_refuses_autograd_can_be_translated_with():
         decode(net, normal(1, 1, 2, 2), Schedule(), [0, 10, 20], [Guidance(lambda x, t: x.flatten(1).sum(1), 1)])
 
 
-def test_gradient_is_of_each_image_alone():
+def test_a_slope_is_of_each_image_alone():
     x, t = normal(3, 1, 4, 4), torch.tensor([1, 5, 9])
     score = lambda x, t: (x**3).sum((1, 2, 3)) * t  # noqa: E731
-    torch.testing.assert_close(gradient(score, x, t), 3 * x**2 * t.view(3, 1, 1, 1), rtol=1e-14, atol=0)
-    assert not gradient(score, x, t).requires_grad
+    torch.testing.assert_close(slope(score, x, t).gradient, 3 * x**2 * t.view(3, 1, 1, 1), rtol=1e-14, atol=0)
+    assert not slope(score, x, t).gradient.requires_grad
     assert not x.requires_grad
 
 
