@@ -12,20 +12,25 @@ from knife import hookspecs
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    8: ("sweep", "demo", "contract", "scaffold", "evaluate"),
+    8: ("sweep", "demo", "contract", "scaffold", "evaluate", "bench"),
     7: ("translation",),
     6: ("train", "doctor", "inputs", "steering"),
-    5: ("stacks", "report", "calibrate"),
+    5: ("stacks", "report", "calibrate", "job", "resume", "sheets"),
     4: ("prepared", "survey", "pairs", "outputs", "interop", "diffusers"),
     3: ("layouts", "data", "balance", "checkpoint", "judges"),
     2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation"),
-    1: ("schedule", "spec", "unet", "image", "nifti", "picture", "ops", "hookspecs", "devices", "ranks"),
-    0: ("errors", "files", "finite", "settings", "bootstrap", "streams"),
-}
+    1: (
+        "schedule", "spec", "unet", "convolution", "image", "nifti", "picture", "native", "ops", "hookspecs", "devices",
+        "ranks",
+    ),
+    0: ("errors", "files", "lock", "finite", "settings", "bootstrap", "streams"),
+}  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SAME_FLOOR = {
-    ("files", "errors"), ("finite", "errors"), ("settings", "errors"), ("finite", "files"), ("spec", "unet"),
-    ("unet", "ops"), ("image", "nifti"), ("image", "picture"), ("dicom", "volume"),
+    ("files", "errors"), ("lock", "errors"), ("lock", "files"), ("resume", "job"), ("sheets", "job"),
+    ("finite", "errors"), ("settings", "errors"), ("finite", "files"), ("spec", "unet"),
+    ("ops", "native"), ("convolution", "ops"), ("unet", "ops"), ("unet", "convolution"),
+    ("image", "nifti"), ("image", "picture"), ("dicom", "volume"),
     ("data", "layouts"), ("diffusers", "interop"),
 }  # fmt: skip
 ONLY = {  # a library: the modules that may import it
