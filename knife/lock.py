@@ -29,7 +29,7 @@ MOST = 4096  # bytes that are read of what a holder says of itself
 
 @contextmanager
 def locked(path: Path, what: str, steal: bool = False) -> Iterator[None]:
-    """Hold the lock of a file; in the end the file is removed, and its folder if nothing else lies there.
+    """Hold the lock of a file; in the end it is removed, and so are folders made for it if nothing lies in them.
 
     Args:
         path: the lock's file; it is made, and the folders above it.
@@ -43,6 +43,7 @@ def locked(path: Path, what: str, steal: bool = False) -> Iterator[None]:
     if fcntl is None:
         yield
         return
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         fd = taken(path, what, steal)
     except OSError as error:
@@ -54,7 +55,8 @@ def locked(path: Path, what: str, steal: bool = False) -> Iterator[None]:
             os.unlink(path)  # before it is freed: nobody else holds it
         os.close(fd)
         with suppress(OSError):
-            path.parent.rmdir()
+            for folder in made:
+                folder.rmdir()
 
 
 def taken(path: Path, what: str, steal: bool) -> int:
