@@ -52,16 +52,18 @@ gpu_ops() {
 # Train one network; SIGTERM after so many seconds saves, and the same command goes on from there.
 train_one() {
     local network=$1 seconds=$2 steps=$3
+    shift 3
     say "train $network"
     timeout --signal=TERM "$seconds" \
-        knife train "$network" --data "$data" --models "$models" --preset small-64 --steps "$steps" --device cuda || [ $? = 124 ]
+        knife train "$network" --data "$data" --models "$models" --preset small-64 --steps "$steps" --device cuda "$@" || [ $? = 124 ]
 }
 
 gpu_train() {
     say "phantoms"
     [ -d "$data" ] || knife phantom "$data" --count 6000 --size 64 --seed 1  # as benchmarks/starter.py
     train_one diffusion 300 "${STEPS:-30000}"
-    for network in regress classify segment; do train_one "$network" 60 "${TASK_STEPS:-4000}"; done
+    train_one regress 60 "${TASK_STEPS:-4000}" --label "relative size of the mask, pixel by pixel"  # as starter.py
+    for network in classify segment; do train_one "$network" 60 "${TASK_STEPS:-4000}"; done
     find "$models" -name '*.safetensors' ! -name '*.resume.*' -exec cp {} "$out/" \;
     ls -l "$out"
 }
