@@ -24,7 +24,7 @@ class Convolution(nn.Conv2d):
         self.transformed: dict[tuple[Any, ...], Tensor] = {}  # by the state of the weights that they were made of
 
     def forward(self, x: Tensor) -> Tensor:
-        if not pays(x, self.weight):
+        if needs_gradient(self.bias) or not pays(x, self.weight):
             return super().forward(x)
         if needs_gradient(x):
             differentiable: Any = _Frozen
@@ -35,13 +35,19 @@ class Convolution(nn.Conv2d):
     def transform(self, backwards: bool = False) -> Tensor:
         """Return the weights as `winograd` wants them, or those that lead backwards: from dy to dx."""
         state = (self.weight.data_ptr(), self.weight._version)
-        if any(key[:2] != state for key in self.transformed):
+        if any(key[:2] != state for key in tuple(self.transformed)):  # a tuple, as other threads may add to it
             self.transformed.clear()
         key = (*state, backwards)
-        if key not in self.transformed:
+        transformed = self.transformed.get(key)
+        if transformed is None:
             weight = self.weight.detach()
-            self.transformed[key] = winograd_weight(weight.flip(2, 3).transpose(0, 1) if backwards else weight)
-        return self.transformed[key]
+            transformed = winograd_weight(weight.flip(2, 3).transpose(0, 1) if backwards else weight)
+            self.transformed[key] = transformed
+        return transformed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was made of the weights out of copies and pickles, whose weights lie elsewhere."""
+        return {**self.__dict__, "transformed": {}}
 
 
 class _Frozen(torch.autograd.Function):

@@ -311,9 +311,10 @@ def balanced(strength: float | Tensor, steepness: float) -> Scale:
     guide that hardly slopes, as a regressor far from any tumour, still moves its image, one that slopes too much does
     not tear it apart, and guidance still fades as the target is reached.
 
-    A score below 0 is at its best at 0, and no step asks for more than that: on the tangent, or, as scores are minus
-    squares, on the parabola that is flat there (Newton's step). Without this limit long steps overshoot, and pull an
-    image to and fro. Of a noisy image only the share ab can be told, so that the limit is tighter there.
+    A score below 0 is at its best at 0, and no step asks for more than that, on the parabola that is flat there: scores
+    are minus squares, or nearly so, and theirs is Newton's step, twice what the tangent says. Without this limit long
+    steps overshoot, and pull an image to and fro. Of a noisy image only the share ab can be told, and a strength below
+    `WHOLE` asks for its share of that, so that the limit is tighter there.
 
     Args:
         strength: the size of the guidance, one for all images or one for each, [N].
@@ -333,7 +334,7 @@ def balanced(strength: float | Tensor, steepness: float) -> Scale:
 
 
 def reach(alpha_bar: Tensor, next_alpha_bar: Tensor) -> Tensor:
-    """Return how far a step moves images along the gradient for s = 1, as the step before it sees it.
+    """Return how far a step moves images along the gradient for s = 1, measured at the level that it begins at.
 
     By eq. 3 guidance sqrt(1 - ab) g in eps moves x' by sqrt(ab') (sigma - sigma') of it, and x = x' sqrt(ab / ab').
     """

@@ -63,7 +63,7 @@ def target(text: str, image: "Image", image_spec: "ImageSpec", config: Mapping[s
 def guide(net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor") -> "Tensor":
     """Return how well each noised image fits its target, [N], to climb over the pixels; target is [N, ...].
 
-    A score below 0 is understood to be best at 0, as a log-likelihood or minus a distance is: no step asks for more.
+    A score below 0 is understood to be best at 0, as a log-likelihood or minus a square is: no step asks for more.
     One without end, as for "more", stays above 0.
     """
 

@@ -191,10 +191,14 @@ def walk(state: State, job: Job, log: Log, watch: Watch, stop: Callable[[], bool
 
 
 def last_kept(state: State, job: Job) -> int:
-    """Return the step of a run's model, 0 if it is not there or damaged: it is then written anew."""
+    """Return the step of a run's model and state; 0, so that both are written anew, if the model's is another.
+
+    So it is if the model is not there or damaged, and if a run was killed after its model, before its state.
+    """
     try:
         read_tensors(job.run.path)
-        return int(describe(job.run.path).card.training["step"])
+        step = int(describe(job.run.path).card.training["step"])
+        return step if step == state.step else 0
     except (ModelError, LookupError, TypeError, ValueError):
         return 0
 

@@ -17,7 +17,7 @@ from knife.ops import group_norm_silu
 
 M = TypeVar("M", bound=nn.Module)
 POOLS = ("mean", "attention", "spatial", "spatial-norm")
-FLATTEST = 1e-25  # slope of a score that is followed back: no image moves by less
+FLATTEST = 1e-25  # a score that slopes less is not followed back: no image moves by so little
 
 
 @dataclass(frozen=True)

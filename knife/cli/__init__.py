@@ -383,7 +383,7 @@ def translate(
         float | None,
         typer.Option(
             "--tolerance",
-            help="How near the target is near enough; default: a tenth of the way, or the guide's own error if less.",
+            help="How near the target is near enough; default: a tenth of the way, or twice the guide's error if less.",
         ),
     ] = None,
     extrapolate: Annotated[
