@@ -36,7 +36,7 @@ from knife.spec import ImageSpec
 from knife.tasks import Task, names, task
 from knife.translation import level_of, translate
 
-FEW = (10, 20)  # steps that are timed; guides are asked along the way as often as in more
+FEW = (5, 10)  # steps that are timed; guides are asked along the way as often as in more
 REPEATS = 5
 BLOCK = 2e-3  # seconds that a short call is repeated for, to be timed
 PEAK_SIDE = 2048  # of the matrices whose product is the yardstick

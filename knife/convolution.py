@@ -1,7 +1,8 @@
 """The 3x3 convolution of the networks: torch's while a network learns, by a quarter of the products once it is frozen.
 
 Frozen weights are transformed once, at the first call (`knife.ops.winograd`), and kept beside the weights: four times
-their memory. What a network answers, and its gradient over the pixels, are the same up to rounding.
+their memory, and as much again where a gradient is asked for. What a network answers, and its gradient over the pixels,
+are the same up to rounding. Weights that change in place are noticed, but for what is done to `weight.data`.
 """
 
 from typing import Any
@@ -62,6 +63,13 @@ class _Frozen(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return winograd(grad, ctx.convolution.transform(backwards=True)), None
+
+
+def forget(net: nn.Module) -> None:
+    """Free the transformed weights of a network that learns on, and is asked again only when they have changed."""
+    for module in net.modules():
+        if isinstance(module, Convolution):
+            module.transformed.clear()
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:

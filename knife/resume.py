@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from knife import __version__
-from knife.checkpoint import describe, read_about, read_tensors, ready, save, seal, write_safely
+from knife.checkpoint import read_about, read_tensors, ready, save, seal, write_safely
 from knife.errors import DiskError, ModelError, SettingsError
 from knife.files import sync
 from knife.image import PERCENTILES
@@ -67,7 +67,7 @@ def start(job: Job, warn: Warn) -> State:
     warn: is told what is amiss, but can be helped.
 
     Raises:
-        SettingsError: if an earlier run had other settings or images, or made a model and left no state.
+        SettingsError: if an earlier run had other settings or images, or a model is there without a state.
         DiskError: if none of its states is whole: no training begins anew unasked.
         ModelError: if there is a state, and not of such a training.
     """
@@ -80,10 +80,10 @@ def start(job: Job, warn: Warn) -> State:
     found = newest(run, warn)
     if found:
         restore(state, found, job, warn)
-    elif run.path.exists() and describe(run.path).card.training.get("settings") != job.settings:
+    elif run.path.exists():  # every run writes its state before its model
         raise SettingsError(
-            f"{run.path}: a model is there that this run did not begin, and no state to resume it from; "
-            f"move it away, or give another --dataset name."
+            f"{run.path}: a model is there, and no state to resume it from; move it away, or give another "
+            f"--dataset name."
         )
     return state
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from knife.balance import Strata
 from knife.checkpoint import describe, read_tensors, save, write_safely
+from knife.convolution import forget
 from knife.devices import enough_memory, precision, ran_out_of_memory
 from knife.errors import DiskError, DivergedError, ModelError, SettingsError
 from knife.files import remove_left_behind
@@ -193,7 +194,7 @@ def walk(state: State, job: Job, log: Log, watch: Watch, stop: Callable[[], bool
 def last_kept(state: State, job: Job) -> int:
     """Return the step of a run's model and state; 0, so that both are written anew, if the model's is another.
 
-    So it is if the model is not there or damaged, and if a run was killed after its model, before its state.
+    So it is if the model is not there or damaged, and if a run was killed after its state, before its model.
     """
     try:
         read_tensors(job.run.path)
@@ -402,10 +403,10 @@ def time_a_step(state: State, job: Job) -> float:
 
 
 def keep(state: State, job: Job, log: Log, watch: Watch) -> int:
-    """Write the log, the model (its moving average), a sheet, and the state to resume from; return the step.
+    """Write the log, the state to resume from, the model (the weights' moving average), and a sheet; return the step.
 
-    The state comes last: killed before it, a run resumes from an older one and writes all anew. Of several processes
-    the first does it, and the others go on until they need it.
+    The state comes before all that could fail: a run that ends after it resumes there, and writes the rest anew. Of
+    several processes the first does it, and the others go on until they need it.
     """
     if not job.team.first:
         return state.step
@@ -415,6 +416,7 @@ def keep(state: State, job: Job, log: Log, watch: Watch) -> int:
             f"{run.kind}: weights are not finite after step {state.step}, not saved; give a lower --lr."
         )
     log.write()
+    commit(state, job)
     with precision(run.device):
         guidance = measured(job, job.task, ema) if job.task else {}
         drawn = sheet_of(job, job.task, ema) if job.task else samples(ema, job.card)
@@ -422,7 +424,7 @@ def keep(state: State, job: Job, log: Log, watch: Watch) -> int:
     save(run.path, ema.state_dict(), replace(job.card, guidance=guidance, training=training).to_json())
     sheet = run.path.with_suffix(".png")
     write_safely(sheet, drawn)
-    commit(state, job)
+    forget(ema)
     watch.saved(run.path)
     watch.saved(sheet)
     return state.step

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -148,8 +148,9 @@ def test_a_model_that_another_run_made_is_never_overwritten(squares: Path) -> No
     trained(replace(run, steps=2))
     resume_path(run).unlink()
     before = run.path.read_bytes()
-    with pytest.raises(SettingsError, match=r"a model is there that this run did not begin"):
-        trained(replace(run, seed=run.seed + 1))
+    for again in (replace(run, seed=run.seed + 1), run):
+        with pytest.raises(SettingsError, match=r"a model is there, and no state to resume it from; move it away"):
+            trained(again)
     assert run.path.read_bytes() == before
 
 
@@ -196,26 +197,29 @@ def test_every_checkpoint_is_written_once(squares: Path) -> None:
         assert sheet.format == "PNG"
 
 
-def test_a_run_killed_between_model_and_state_walks_the_same_way(
-    squares: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_run_killed_between_state_and_model_writes_the_model_anew(
+    squares: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    """The model of step 4 is there, the state still that of step 2: what was in between is walked again."""
-    whole, parts = a_run(squares, "whole", every=2), a_run(squares, "parts", every=2)
+    """The state of step 8 is there, the model still that of step 6."""
+    whole, parts = a_run(squares, "whole", every=every), a_run(squares, "parts", every=every)
     trained(whole)
-    commit = train.commit
+    save = train.save
 
-    def killed(state: State, job: Job) -> None:
-        if state.step == 4:
+    def killed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        if about["training"]["step"] == 8:
             raise KeyboardInterrupt
-        commit(state, job)
+        save(path, tensors, about)
 
-    monkeypatch.setattr(train, "commit", killed)
+    monkeypatch.setattr(train, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(parts)
-    assert describe(parts.path).card.training["step"] == 4
-    assert read_about(resume_path(parts))["step"] == 2
-    monkeypatch.setattr(train, "commit", commit)
+    assert describe(parts.path).card.training["step"] == 6
+    assert read_about(resume_path(parts))["step"] == 8
+    monkeypatch.setattr(train, "save", save)
     trained(parts)
+    assert describe(parts.path).card.training["step"] == 8
+    assert same(read_tensors(whole.path), read_tensors(parts.path))
     assert same(state_of(whole), state_of(parts))
     assert digest(whole) == digest(parts)
 

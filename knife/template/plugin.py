@@ -65,7 +65,7 @@ def target(text: str, config: Mapping[str, Any]) -> Tensor:
 
 @hookimpl
 def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
-    """Return how well each noised image fits its target, [N], to climb over the pixels."""
+    """Return how well each noised image fits its target, [N], to climb over the pixels; below 0, 0 is best."""
     distance: Tensor = net(x, t)[:, 0] - target
     return -0.5 * distance**2
 
