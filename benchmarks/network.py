@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from knife import checkpoint, convolution, ops, unet
 from knife.bench import Clock, forward, machine, medians, operations, peak_gflops
-from knife.ddim import gradient
+from knife.ddim import slope
 from knife.devices import MALLOC, keep_freed_memory
 from knife.spec import preset
 
@@ -100,7 +100,7 @@ def measure(case: str, repeats: int, device: str, clock: Clock, peak: float) -> 
     x = torch.randn(int(batch), len(channels), *row.size, device=device).to(memory_format=torch.channels_last)
     t = torch.full((int(batch),), 400, device=device)
     calls = {f"forward {way}": in_way(way, lambda: forward(net, x, t)) for way in WAYS}
-    calls |= {f"gradient {way}": in_way(way, lambda: gradient(guide, x, t)) for way in WAYS}
+    calls |= {f"gradient {way}": in_way(way, lambda: slope(guide, x, t)) for way in WAYS}
     answers = {name: call() for name, call in calls.items()}
     for kind in KINDS:
         fused, *others = (answers[f"{kind} {way}"] for way in WAYS)
