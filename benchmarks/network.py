@@ -100,7 +100,7 @@ def measure(case: str, repeats: int, device: str, clock: Clock, peak: float) -> 
     x = torch.randn(int(batch), len(channels), *row.size, device=device).to(memory_format=torch.channels_last)
     t = torch.full((int(batch),), 400, device=device)
     calls = {f"forward {way}": in_way(way, lambda: forward(net, x, t)) for way in WAYS}
-    calls |= {f"gradient {way}": in_way(way, lambda: slope(guide, x, t)) for way in WAYS}
+    calls |= {f"gradient {way}": in_way(way, lambda: slope(guide, x, t).gradient) for way in WAYS}
     answers = {name: call() for name, call in calls.items()}
     for kind in KINDS:
         fused, *others = (answers[f"{kind} {way}"] for way in WAYS)
