@@ -50,11 +50,7 @@ class Point(NamedTuple):
         """Return the predicted clean images."""
         return (self.x - math.sqrt(1 - self.alpha_bar) * self.eps) / math.sqrt(self.alpha_bar)
 
-    def first(self, count: int | None) -> "Point":
-        """Return the point of the first images."""
-        return Point(self.x[:count], self.eps[:count], self.alpha_bar)
-
-    def part(self, rows: Tensor) -> "Point":
+    def part(self, rows: Tensor | slice) -> "Point":
         """Return the point of some of the images, each as often as `rows` names it."""
         return Point(self.x[rows], self.eps[rows], self.alpha_bar)
 
@@ -233,7 +229,7 @@ def walk(
         here = Point(x, net(x, t)[:, : x.shape[1]].to(x.dtype), known[level])
         eps = solver(here, before, sigma_of(known[next_level]))
         pulling = [one for one in guidance if one.pulls(level)]
-        g, s = pull(pulling, here.first(guided), level, next_level, alpha_bar) if pulling else (None, ones)
+        g, s = pull(pulling, here.part(slice(guided)), level, next_level, alpha_bar) if pulling else (None, ones)
         if g is not None and len(g) < len(x):
             g, s = torch.cat([g, torch.zeros_like(x[len(g) :])]), torch.cat([s, ones[len(s) :]])
         x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, s, clamp)  # eq. 3, 4

@@ -152,7 +152,7 @@ def mapped(folder: Path, form: Form) -> Loaded:
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         told, skipped = index["cases"], dict(index["skipped"])
-        for name, wanted in index.get("sha256", {}).items():  # sets of the first knife have none
+        for name, wanted in index["sha256"].items():
             refuse_changed(folder / name, wanted)
         pixels = tensor(folder / FILES[0], [len(told), len(form.channels), *form.size])
         masks = tensor(folder / FILES[1], [sum(one["mask"] is not None for one in told), 1, *form.size])

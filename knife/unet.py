@@ -262,7 +262,7 @@ def spatial_head(features: int, outputs: int, normed: bool) -> nn.Sequential:
 def without_flat(y: Tensor) -> Tensor:
     """Let what a network answers have no gradient where that is below `FLATTEST`, as once images are at their target.
 
-    It would become numbers so small (subnormal) that processors take 30 times as long for each.
+    It would become numbers so small (subnormal) that processors take many times as long for each.
     """
     if y.requires_grad:
         y.register_hook(lambda slope: torch.where(slope.abs() < FLATTEST, 0, slope))

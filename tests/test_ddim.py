@@ -389,7 +389,7 @@ def test_fresh_noise_leaves_the_predicted_image_and_is_the_same_for_all():
     assert torch.equal(seen, under_fresh_noise(here, level))
     other = under_fresh_noise(here, level + 1)
     assert not torch.allclose(seen, other, atol=0.1)
-    torch.testing.assert_close(under_fresh_noise(here.first(1), level), seen[:1], rtol=0, atol=0)
+    torch.testing.assert_close(under_fresh_noise(here.part(slice(1)), level), seen[:1], rtol=0, atol=0)
 
 
 def test_a_guide_is_shown_fresh_noise_where_it_asks_for_it_and_the_images_themselves_as_in_the_paper():

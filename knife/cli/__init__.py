@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 KNOWN = 0.03  # mean error of the unguided round trip, of the range, above which a model hardly knows an image
 SOME_FAILED = 3  # the exit code of a batch of which a part was done
 DISK, MEMORY = 4, 5  # the exit codes of what the system refuses
-SHORT_OF_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator")  # how torch says it
 SHOWN_SKIPPED = 5  # skipped images that are named
 SHOWN_MISSED = 5  # images that did not reach their targets
 SAID = (  # what of a record is said in the end
@@ -98,11 +97,20 @@ def verdict(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'a file'}: {error.strerror}; make room, or allow it.", DISK
-    if isinstance(error, MemoryError) or any(word in f"{type(error).__name__} {error}" for word in SHORT_OF_MEMORY):
+    if short_of_memory(error):
         return "out of memory; give smaller images, a smaller --batch-size, or another --device.", MEMORY
     report = write_report(error, typer.main.get_group(app).commands)
     where = f"; {report} holds what a report needs, and nothing of your data" if report else ""
     return f"internal error, {type(error).__name__}: {error}; --debug shows where{where}.", 1
+
+
+def short_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out; torch, if it is loaded, has its own ways of saying so."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from knife.devices import ran_out_of_memory
+
+    return ran_out_of_memory(error)
 
 
 def version(wanted: bool) -> None:
