@@ -122,7 +122,7 @@ def packed(form: str, chance: random.Random) -> bytes:
 
 def zipped(change: Change) -> Change:
     """Make a change of what a gzip stream holds, with a right checksum."""
-    return lambda data, chance: gzip.compress(change(gzip.decompress(data), chance), 1)
+    return lambda data, chance: gzip.compress(change(gzip.decompress(data), chance), 1, mtime=0)
 
 
 def chunked(data: bytes, chance: random.Random) -> bytes:
@@ -153,8 +153,8 @@ def archived(data: bytes, chance: random.Random) -> bytes:
         names = old.namelist()
         which = chance.choice([name for name in names if name.endswith(".pkl")] * 5 + names)
         for name in names:
-            content = old.read(name)
-            new.writestr(name, damaged(content, chance) if name == which else content)
+            content, dated = old.read(name), zipfile.ZipInfo(name)  # not the present time: same seed, same bytes
+            new.writestr(dated, damaged(content, chance) if name == which else content)
     return out.getvalue()
 
 
