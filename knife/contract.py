@@ -94,6 +94,7 @@ def check_task(
         check_evaluate(trial, net, wanted[0], config)
         for target in wanted:
             check_error(trial, net, target, config)
+        check_value(trial, net, labels, config)
 
 
 def check_plugin(name: str) -> str:
@@ -324,6 +325,21 @@ def check_error(trial: Trial, net: nn.Module, target: Tensor, config: Mapping[st
     if errors is not None and alone is not None and not near(alone[0], errors[0]):
         found = f"returned {errors[0]:g} for the first image, and {alone[0]:g} when the others are left out"
         raise trial.wrong("error", found, "the images of a batch must not see each other")
+
+
+def check_value(trial: Trial, net: nn.Module, labels: Tensor, config: Mapping[str, Any]) -> None:
+    """Check that values are in the unit of what the network tells: their distance is the error, if both are there."""
+    values = [trial.task.value(case, config) for case in trial.cases]
+    with torch.no_grad():
+        numbers = trial.task.evaluate(net, trial.x, trial.t, None, config)
+        errors = trial.task.error(net, trial.x, trial.t, labels, config)
+    if len(numbers) != 1 or errors is None:
+        return
+    [(name, seen)] = numbers.items()
+    for value, number, error in zip(values, seen, errors, strict=True):
+        if value is not None and not near((number - value).abs(), error):
+            found = f"returned {value:g} for an image of which {name} is {number:g} and the error {error:g}"
+            raise trial.wrong("value", found, "it must be the label, in the unit that evaluate tells it in")
 
 
 def near(a: Tensor, b: Tensor) -> bool:

@@ -16,8 +16,10 @@ A row is one translation; what its names mean:
     drift: ...               by how much the number of a task moved that nobody asked
     reached, strength, decodes, seconds     what the closed loop took
 
-and of each image: guide_own_error, the distance of the untouched image from its own label, if the data tell it, and
-guide_rising, whether its numbers rise with the targets. The judge's are called judge_... likewise.
+and of each image: guide_own_error, the distance of the untouched image from its own label, if the data tell it,
+guide_own, the number seen in it, label, the number it should be, and guide_rising, whether its numbers rise with the
+targets. The judge's are called judge_... likewise. guide_own_slope is that of guide_own over label: a network that sees
+but half of what differs between true images sees no more of what differs between edited ones.
 """
 
 import csv
@@ -51,7 +53,10 @@ from knife.volume import Volume
 
 WHO = ("guide", "judge")
 NEAR = 0.1  # share of a wanted number that counts as near it
-NO_FIGURE = ("image", "patient", "target", "wanted", *(f"{who}_{when}" for who in WHO for when in ("before", "after")))
+NO_FIGURE = (
+    *("image", "patient", "target", "wanted", "label"),
+    *(f"{who}_{when}" for who in WHO for when in ("before", "after", "own")),
+)
 SHARES = range(0, 101, 2)  # percent of the images, along the curves
 
 Row = dict[str, Any]
@@ -383,20 +388,23 @@ def image_row(job: Job, sample: Sample, rows: Sequence[Row]) -> Row:
     """Return what is known of one image over all of its translations."""
     guide, mine = job.guides[0], [row for row in rows if row["image"] == sample.entry.name]
     row: Row = {"image": sample.entry.name, "patient": sample.entry.key}
+    row["label"] = guide.task.value(sample.case, guide.stored.card.config)
     for who, reader in zip(WHO, (guide, guide.judge), strict=True):
         if reader:
-            row |= {f"{who}_own_error": own_error(reader, sample.case, job.device), f"{who}_rising": rising(who, mine)}
+            error, number = own(reader, sample.case, job.device)
+            row |= {f"{who}_own_error": error, f"{who}_own": number, f"{who}_rising": rising(who, mine)}
     return row
 
 
-def own_error(reader: Reader, case: Case, device: str) -> float | None:
-    """Return how far a network is from an image's own label; None if the data do not tell it."""
+def own(reader: Reader, case: Case, device: str) -> tuple[float | None, float | None]:
+    """Return how far a network is from an image's own label, and the single number it sees; None if there is none."""
+    x = case.pixels[None].to(device)
     try:
         label = reader.task.label(case, reader.stored.card.config)
-        [error] = reader.error(case.pixels[None].to(device), label[None].to(device))
+        [error], numbers = reader.error(x, label[None].to(device)), reader.numbers(x, 0, None)
     except (InputError, TaskError):  # there is no label, or a judge from elsewhere fails on the image
-        return None
-    return error if math.isfinite(error) else None
+        return None, None
+    return error if math.isfinite(error) else None, numbers.popitem()[1][0] if len(numbers) == 1 else None
 
 
 def rising(who: str, rows: Sequence[Row]) -> bool | None:
@@ -425,8 +433,9 @@ def measures(rows: Sequence[Row]) -> Iterator[tuple[str, Statistic, tuple[str, .
         if alike:  # of several numbers wanted, a median says nothing
             yield f"{before}_median", median, (before,)
             yield f"{after}_median", median, (after,)
-        yield f"{who}_spearman", spearman, ("wanted", after)
-        yield f"{who}_slope", slope, ("wanted", after)
+        for name, x, y in ((who, "wanted", after), (f"{who}_own", "label", f"{who}_own")):
+            yield f"{name}_spearman", spearman, (x, y)
+            yield f"{name}_slope", slope, (x, y)
     for column in columns_of(rows):
         if column not in NO_FIGURE:
             yield column, mean, (column,)

@@ -23,7 +23,7 @@ hookspec = pluggy.HookspecMarker("knife")
 hookimpl = pluggy.HookimplMarker("knife")
 
 REQUIRED = ("label", "build", "train", "target", "guide")
-OPTIONAL = ("configure", "evaluate", "error")
+OPTIONAL = ("configure", "evaluate", "error", "value")
 JUDGE = ("judge", "origin")  # of a judge; the first is required
 
 
@@ -84,6 +84,14 @@ def error(net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: 
 
     It is what closes the loop of a translation, and what calibration and evaluation count. Where a target has no end,
     as with "more", infinity. Optional.
+    """
+
+
+@hookspec(firstresult=True)
+def value(case: "Case", config: Mapping[str, Any]) -> float | None:
+    """Return a case's label as the number that `evaluate` tells of it, in the user's units; None if it has none.
+
+    Only for tasks that tell a single number: evaluation sets what networks see of true images against it. Optional.
     """
 
 

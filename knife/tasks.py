@@ -7,6 +7,7 @@ down or spoil it.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -325,6 +326,13 @@ class Task(Seen):
         if values.shape != x.shape[:1] or not bool((values >= 0).all()):  # which NaN is not either
             raise self.violation("error", values, f"a distance for each image, 0 or more, here of shape [{len(x)}]")
         return values
+
+    def value(self, case: "Case", config: Mapping[str, Any]) -> float | None:
+        """Return a case's label as a number in the user's units; None if it has none, or the task does not tell."""
+        number = self.call("value", case=case, config=config)
+        if number is not None and (not isinstance(number, (int, float)) or not math.isfinite(number)):
+            raise self.violation("value", number, "a finite number, or None")
+        return number
 
 
 def survives_json(value: object) -> bool:

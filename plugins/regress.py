@@ -145,6 +145,12 @@ def error(net: nn.Module, x: Tensor, t: Tensor, target: Tensor, config: Mapping[
     return distance
 
 
+@hookimpl
+def value(case: "Case", config: Mapping[str, Any]) -> float | None:
+    """Return the case's number, if it has one."""
+    return value_of(case, config["label"])
+
+
 def standard(net: nn.Module, target: Tensor) -> Tensor:
     """Return targets or labels as numbers in standard units, [N]."""
     return net.standard(target) if isinstance(net, Size) else target

@@ -154,6 +154,7 @@ def test_what_is_told_of_images(found, data):
         before = next(row["guide_before"] for row in evaluation.rows if row["image"] == image["image"])
         assert image["guide_own_error"] == pytest.approx(abs(before - sizes[image["image"]]), abs=1e-5)
         assert image["judge_own_error"] != pytest.approx(image["guide_own_error"], rel=1e-3)
+        assert (image["label"], image["guide_own"]) == pytest.approx((sizes[image["image"]], before), rel=1e-5)
 
 
 SAMPLE = Sample(Entry("a", (), group="p"), None, None)  # type: ignore[arg-type]
@@ -224,6 +225,9 @@ def test_figures_are_those_of_the_rows(found):
         assert figures[f"{who}_error_median"].value == pytest.approx(np.median(errors), rel=1e-5)
         assert figures[f"{who}_rising"].value == np.mean([image[f"{who}_rising"] for image in evaluation.images])
         assert figures[f"{who}_own_error"].rows == 5
+        own = np.array([(image["label"], image[f"{who}_own"]) for image in evaluation.images])
+        assert figures[f"{who}_own_slope"].value == pytest.approx(slope(own), rel=1e-5)
+        assert figures[f"{who}_own_spearman"].value == pytest.approx(spearman(own), rel=1e-5)
         assert f"{who}_after_median" not in figures
     assert figures["reached"].value == pytest.approx(np.mean([row["reached"] for row in rows]))
     assert figures["changed"].low < figures["changed"].value < figures["changed"].high

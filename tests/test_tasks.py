@@ -62,7 +62,10 @@ def row_of(name):
 def test_the_built_in_tasks_are_listed():
     rows = plugins()
     assert [row.task for row in rows if row.distribution == "knife-diffusion"] == BUILTIN == names()
-    assert all(row.usable and row.hooks == HOOKS for row in rows)
+    assert all(row.usable for row in rows)
+    assert {row.task: {*HOOKS} - {*row.hooks} for row in rows} == {
+        "classify": {"value"}, "regress": set(), "segment": {"value"},
+    }  # fmt: skip
     json.dumps([row.status for row in rows])
 
 
@@ -259,6 +262,7 @@ GARBAGE = {
         lambda x: -x.mean((1, 2, 3)) - 1,
         r"returned a tensor .*; it must return a distance for each image, 0 or more, here of shape \[2\]",
     ),
+    "value": (lambda: "much", r"returned a str \('much'\); it must return a finite number, or None"),
 }
 
 
@@ -275,6 +279,7 @@ def test_garbage_is_refused(hook):
         "guide": lambda: odd.score(None, T)(X, T),
         "evaluate": lambda: odd.evaluate(None, X, T, T, {}),
         "error": lambda: odd.error(None, X, T, T, {}),
+        "value": lambda: odd.value(None, {}),
     }
     with pytest.raises(TaskError, match=rf"task odd: its hook {hook} {message}"):
         calls[hook]()
@@ -285,6 +290,7 @@ def test_optional_hooks_may_be_left_out():
     assert nothing.configure([]) == {}
     assert nothing.evaluate(None, X, T, T, {}) == {}
     assert nothing.error(None, X, T, T, {}) is None
+    assert nothing.value(None, {}) is None
 
 
 def test_errors_count_from_the_target_in_the_users_units():

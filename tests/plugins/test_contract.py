@@ -126,6 +126,9 @@ VIOLATIONS = {
     "error: below 0": (lambda x: -torch.ones(len(x)), "returned a tensor .*; it must return a distance for each image"),
     "error: one": (lambda x: x.abs().mean(), "returned a tensor of shape .*; it must return a distance for each image"),
     "error: sees others": (lambda x: x.abs().mean() + torch.arange(len(x)), "returned .* for the first image, and"),
+    "value: text": (lambda case: "12", r"returned a str \('12'\); it must return a finite number, or None"),
+    "value: infinite": (lambda case: float("inf"), "returned a float .inf.; it must return a finite number"),
+    "value: other unit": (lambda case: 1000.0, "returned 1000 for an image of which value is"),
 }
 
 
