@@ -27,20 +27,11 @@ say() { printf '\n== %s\n' "$*"; }
 
 gpu_ops() {
     export KNIFE_OPS=native
-    local compared="kernel_equals_reference or norm_equals_reference or norm_has_the_gradients"
-    local small="($compared) and cuda and float32 and (contiguous or slice)"
-    local test=(python3 -m pytest -q -p no:cacheprovider tests/test_ops.py)
     say "which kernels run"
     python3 -c 'from knife import native, ops; [print(ops.status(d), ops.self_test(d)) for d in native.SOURCES]'
     say "tests"
-    timeout 240 "${test[@]}" -rs
-    for tool in memcheck racecheck; do
-        if command -v compute-sanitizer > /dev/null; then
-            say "compute-sanitizer $tool"
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 \
-                compute-sanitizer --tool "$tool" --error-exitcode 1 "${test[@]}" -k "$small"
-        fi
-    done
+    timeout 240 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py -rs
+    bash benchmarks/sanitize.sh cuda
     say "GB/s"
     for dtype in float32 bfloat16; do
         python3 benchmarks/ops.py --device cuda --dtype "$dtype" | tee "$out/ops-$dtype.txt"

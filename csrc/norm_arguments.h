@@ -62,7 +62,7 @@ inline void check_norm_backward(const Tensor& grad, const Tensor& x, const Tenso
 // The walk over x, whose channels lie first or last.
 inline Walk walk_over(const Tensor& x, int64_t groups) {
   const int64_t images = x.size(0), channels = x.size(1);
-  const int64_t pixels = images * channels ? x.numel() / (images * channels) : 0;
+  const int64_t pixels = images * channels > 0 ? x.numel() / (images * channels) : 0;
   return {images, channels, pixels, groups, lies(x, true) && (pixels == 1 || !lies(x, false))};
 }
 

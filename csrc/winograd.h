@@ -3,8 +3,8 @@
 //     y = A' [(G w G') * (B' d B)] A        d: 6x6 pixels, w: 3x3 weights, y: 4x4 sums, *: value by value
 //
 // The polynomials are taken at 0, +-1/sqrt(2), +-sqrt(2) and infinity, which round less than whole numbers do. knife/ops.py holds
-// the same three matrices. A value is a row of neighbouring channels, which never
-// mix here: a vector of GCC and clang, cut into those of the machine.
+// the same three matrices. A value is a row of neighbouring channels, which never mix here: a vector of GCC and clang, cut into
+// those of the machine.
 #pragma once
 
 #include <cstdint>

@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -100,9 +101,14 @@ BUILD_SECONDS = 300  # longest compile, and longest wait for another process tha
 # The stable ABI of torch 2.10, so that every later torch can load the library. No fused multiply-add where the code
 # does not ask for one: the last bit of a step must be the reference's.
 _COMMON_FLAGS = ("-std=c++20", "-O3", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-_VECTOR_FLAGS = {  # by what torch itself found this processor to have
-    "AVX2": ("-march=x86-64-v3",),
-    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+# By what torch itself found this processor to have: the instructions that torch's own kernels then use. Not
+# -march=native, which adds others by the processor's name, though a virtual machine may hide any of them.
+_VECTOR_FLAGS = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ),
 }
 _FLAGS = {
     "cpu": ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -197,21 +203,26 @@ def build(device: str, library: Path) -> None:
 
 def _run(command: list[str], scratch: Path) -> None:
     log = scratch / "log"
-    try:
-        with log.open("w") as output:  # no pipe: a child that outlives the compiler would hold it open
-            subprocess.run(
-                command,
-                check=True,
-                timeout=BUILD_SECONDS,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C"},
-            )
-    except subprocess.TimeoutExpired as problem:
-        raise OpsError(f"{command[0]} was stopped after {BUILD_SECONDS} s") from problem
-    except subprocess.CalledProcessError as problem:
-        raise OpsError(f"{command[0]} failed: {_first_error(log.read_text(errors='replace'))}") from problem
+    with (
+        log.open("w") as output,  # no pipe: a child that outlives the compiler would hold it open
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C"},
+            start_new_session=True,
+        ) as running,
+    ):
+        try:
+            code = running.wait(BUILD_SECONDS)
+        except BaseException as problem:
+            os.killpg(running.pid, signal.SIGKILL)  # the compiler with the programs that it has started
+            if isinstance(problem, subprocess.TimeoutExpired):
+                raise OpsError(f"{command[0]} was stopped after {BUILD_SECONDS} s") from problem
+            raise
+    if code:
+        raise OpsError(f"{command[0]} failed: {_first_error(log.read_text(errors='replace'))}")
 
 
 def _first_error(log: str) -> str:

@@ -314,11 +314,13 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [N, K, H, W], channels_last.
 
     Raises:
-        RuntimeError: if the tensors do not fit together.
+        RuntimeError: if the tensors do not fit together, or one of them requires a gradient.
         NotImplementedError: where there is no compiled kernel.
     """
     if not torch.compiler.is_compiling():
         status(x.device.type)
+    if needs_gradient(x, weight, bias):
+        raise RuntimeError("winograd: an argument requires a gradient, but it has none: use knife.convolution.")
     convolved: Tensor = torch.ops.knife.winograd.default(x, weight, bias)
     return convolved
 

@@ -1,10 +1,13 @@
-"""The library of kernels: how it is found, built and loaded, and that plain torch serves where it cannot be had."""
+"""The library of kernels: how it is found, built and loaded, and that plain torch serves where it cannot be had.
+
+benchmarks/builds.py goes on longer, with the real compiler.
+"""
 
 import errno
 import functools
 import os
+import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +21,11 @@ import torch
 from knife import native, ops
 from knife.errors import OpsError, SettingsError
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import builds
+
 ROOT = Path(__file__).resolve().parent.parent
+forking = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of forks where there are threads
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +100,13 @@ def test_a_device_without_a_kernel_says_so(fresh: pytest.MonkeyPatch) -> None:
     assert ops.status("mps").reason == "plain torch: there is no kernel for mps, only for cpu and cuda"
 
 
-def test_slow_compiler_is_stopped(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fresh.setenv("CXX", fake_compiler(tmp_path, "sleep 60"))
-    fresh.setattr(native, "BUILD_SECONDS", 0.2)
-    assert "was stopped after 0.2 s" in ops.status().reason
+def test_slow_compiler_is_stopped_with_all_that_it_has_started(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("CXX", fake_compiler(tmp_path, f"sleep 60 & echo $! >> {tmp_path}/started; wait"))
+    fresh.setattr(native, "BUILD_SECONDS", 1)
+    assert "was stopped after 1 s" in ops.status().reason
+    processes = [Path("/proc", number, "stat") for number in (tmp_path / "started").read_text().split()]
+    assert len(processes) == 2
+    wait_for(lambda: all(not process.exists() or " Z " in process.read_text() for process in processes))
 
 
 def test_lock_of_another_process_is_not_waited_for_forever(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -125,52 +135,22 @@ def test_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(
         native._private_folder("key")
 
 
-FIND = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-from knife import native
-while (child := os.fork()) and int(sys.argv[2]) > 1:
-    sys.argv[2] = str(int(sys.argv[2]) - 1)
-if not child:
-    os.write(1, "|".join(map(str, native._cached_library("cpu"))).encode() + b"\\n")
-    os._exit(0)
-while True:
-    os.wait()
-"""
-
-
-def find_in_new_processes(count: int, **environment: str) -> subprocess.Popen[str]:
-    """Start so many processes at once that ask for a library, in a session of their own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", FIND, str(ROOT), str(count)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def test_processes_at_once_build_once(library: Path, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@forking
+def test_processes_at_once_build_once(library: Path, tmp_path: Path) -> None:
     compiler = fake_compiler(tmp_path, f"sleep 1; cp {library} $out")
-    processes = find_in_new_processes(8, CXX=compiler, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    answers = [line.split("|") for line in processes.communicate(timeout=60)[0].splitlines()]
-    assert len(answers) == 8
-    assert len({library for library, _ in answers}) == 1
-    assert sum(origin.startswith("built on first use") for _, origin in answers) == 1
+    counts = builds.together(tmp_path / "cache", 8, compiler)
+    assert (counts["with_kernels"], counts["builds"], counts["libraries_too_many"]) == (8, 1, 0)
     assert len((tmp_path / "started").read_text().split()) == 1
 
 
+@forking
 def test_killed_build_leaves_nothing_harmful(library: Path, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     good, slow = tmp_path / "good", tmp_path / "slow"
     good.mkdir()
     slow.mkdir()
-    process = find_in_new_processes(
-        1, CXX=fake_compiler(slow, "echo half > $out; sleep 60"), XDG_CACHE_HOME=str(tmp_path / "cache")
-    )
+    process = builds.begun(tmp_path / "cache", fake_compiler(slow, "echo half > $out; sleep 60"))
     wait_for(lambda: any((tmp_path / "cache").rglob("build-*/*.so")))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert builds.killed_at(process, with_compilers=True)
     assert not any((tmp_path / "cache").glob("knife/ops/*/*.so"))
     fresh.setenv("CXX", fake_compiler(good, f"cp {library} $out"))
     built, origin = native._cached_library("cpu")
@@ -178,6 +158,25 @@ def test_killed_build_leaves_nothing_harmful(library: Path, fresh: pytest.Monkey
     assert built.read_bytes() == library.read_bytes()
     assert sorted(path.name for path in built.parent.iterdir()) == [built.name, "lock"]
     assert native._cached_library("cpu") == (built, "built on an earlier use")
+
+
+@forking
+def test_builds_that_are_killed_at_any_moment_are_made_good(library: Path, tmp_path: Path) -> None:
+    compiler = builds.copier(tmp_path / "compiler", library)
+    counts = builds.killed(tmp_path / "cache", 8, random.Random(0), library, compiler)
+    assert counts["kills"] == 8
+    assert (counts["half_libraries"], counts["lost"], counts["wrong"]) == (0, 0, 0)
+    assert counts["with_kernels"] == counts["kills"] + counts["too_late"]
+
+
+@forking
+def test_bad_caches_end_in_kernels_or_in_plain_torch(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    ends = dict(builds.bad_caches(tmp_path / "bad", library))
+    assert len(ends) >= 10
+    for name, (start, wanted) in ends.items():
+        assert start.path == wanted, f"{name}: {start.reason}"
+        assert start.reason.startswith("plain torch: " if wanted == "torch" else "compiled kernel, ")
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -202,6 +201,21 @@ def test_damaged_library_is_never_loaded_but_built_again(
     again, origin = native._cached_library("cpu")
     assert origin.startswith("built on first use")
     assert again.read_bytes() == whole
+
+
+def test_a_library_is_compiled_for_no_more_than_torch_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = set()
+    for capability, allowed in {
+        "DEFAULT": set(),
+        "AVX2": {"-mavx2", "-mfma", "-mf16c"},
+        "AVX512": {"-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"},
+        "something new": set(),
+    }.items():
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        machine = {flag for flag in native.flags("cpu") if flag.startswith("-m") and "width" not in flag}
+        assert machine == allowed
+        digests.add((native.source_digest("cpu"), native.library_name("cpu")))
+    assert len(digests) == 3, "and another processor's has another name, in the cache and where knife is installed"
 
 
 @pytest.mark.parametrize("other", ["torch", "processor"])

@@ -533,6 +533,123 @@ def test_refusals_of_the_derivative(device: str, wrong: str) -> None:
             torch.ops.knife.group_norm_silu_backward(*tensors, groups, *[t.to(place) for t in condition])
 
 
+# --- What every op does with odd tensors ------------------------------------------------------------------------------
+
+OPS = ("ddim_step", "group_norm_silu", "group_norm_silu_backward", "winograd")
+
+
+def arguments_of(op: str, x: Tensor, by: Callable[[Tensor], Tensor] = Tensor.contiguous) -> list[Any]:
+    """Give an op images or features [2, 16, H, W], and other arguments that `by` has changed."""
+    _, eps, grad = images(tuple(x.shape), torch.float32)
+    _, weight, bias, groups, small, *condition = norm_arguments((2, 16, 4, 4), 4, torch.float32)
+    _, kernel, added = convolution((2, 16, 4, 4), 32)
+    given: dict[str, list[Any]] = {
+        "ddim_step": [x, eps, grad, *numbers(2), -1.0, 1.0],
+        "group_norm_silu": [x, weight, bias, groups, small, *condition],
+        "group_norm_silu_backward": [grad, x, torch.ones(2, 2, groups), weight, bias, groups, *condition],
+        "winograd": [x, ops.winograd_weight(kernel), added],
+    }
+    return [by(a) if isinstance(a, Tensor) and a is not x else a for a in given[op]]
+
+
+def answers_of(op: str, x: Tensor, by: Callable[[Tensor], Tensor] = Tensor.contiguous) -> tuple[Tensor, ...]:
+    answer = getattr(torch.ops.knife, op)(*arguments_of(op, x, by))
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("op", OPS)
+def test_values_are_right_wherever_they_lie(op: str) -> None:
+    x = torch.randn(2, 16, 9, 6, generator=torch.Generator().manual_seed(0))
+    negated = torch.complex(torch.zeros_like(x), -x).conj().imag  # torch keeps the sign apart from the values
+    assert negated.is_neg()
+    shifted = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)  # not where vectors like to begin
+    wanted = answers_of(op, x)
+    for odd in (negated, shifted, every_other(x), x.flip(3).flip(3), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        for got, expected in zip(answers_of(op, odd), wanted, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(answers_of(op, x, every_other), wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("op", OPS)
+def test_one_number_may_stand_for_all(op: str) -> None:
+    """Stretch what may overlap in memory; the answer is that of copies."""
+
+    def stretched(a: Tensor) -> Tensor:
+        return a[(slice(0, 1),) * a.ndim].expand_as(a)
+
+    x = stretched(torch.full((2, 16, 5, 7), 0.3))
+    before = x.clone()
+    answers = answers_of(op, x, stretched), answers_of(op, x.clone(), lambda a: stretched(a).clone())
+    for got, expected in zip(*answers, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_of_nothing_comes_nothing(op: str, size: tuple[int, int]) -> None:
+    answers = answers_of(op, torch.empty(2, 16, *size))
+    assert answers[0].numel() == 0
+    assert answers[0].shape[2:] == size
+    assert not any(answer.any() for answer in answers)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_no_channels_leave_the_bias() -> None:
+    convolved = torch.ops.knife.winograd(torch.zeros(1, 0, 5, 6), torch.zeros(36, 0, 16), torch.arange(16.0))
+    assert torch.equal(convolved, torch.arange(16.0).view(1, 16, 1, 1).expand(1, 16, 5, 6))
+    assert torch.ops.knife.winograd(torch.zeros(1, 16, 5, 6), torch.zeros(36, 16, 0), None).shape == (1, 0, 5, 6)
+    y, moments = torch.ops.knife.group_norm_silu(
+        torch.zeros(2, 0, 3), torch.ones(0), torch.ones(0), 4, 1e-5, None, None
+    )
+    assert (y.shape, moments.any()) == ((2, 0, 3), False)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_shapes_have_no_limit(op: str) -> None:
+    side = 2**16  # 2**37 values
+    x = torch.empty(2, 16, side, side, device="meta")
+    arguments = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments_of(op, torch.empty(2, 16, 1, 1))]
+    arguments = [x if isinstance(a, Tensor) and a.shape == (2, 16, 1, 1) else a for a in arguments]
+    answer = getattr(torch.ops.knife, op)(*arguments)
+    first = answer[0] if isinstance(answer, tuple) else answer
+    assert first.shape == (2, 32 if op == "winograd" else 16, side, side)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("op", OPS)
+def test_every_tensor_must_be_on_the_device_of_the_first(op: str) -> None:
+    arguments = arguments_of(op, torch.randn(2, 16, 4, 4))
+    places = [place for place, a in enumerate(arguments) if isinstance(a, Tensor)]
+    for place in places:
+        moved = [a.to("meta") if here == place else a for here, a in enumerate(arguments)]
+        with pytest.raises(RuntimeError, match=rf"^{op}: \w+ is on .*: move both to one device\."):
+            getattr(torch.ops.knife, op)(*moved)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_numbers_that_are_no_fractions_are_refused(op: str, dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match=rf"^{op}: x is {str(dtype)[6:]}: give float32"):
+        getattr(torch.ops.knife, op)(*arguments_of(op, torch.zeros(2, 16, 4, 4, dtype=dtype), Tensor.contiguous))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("place", range(3))
+def test_a_convolution_without_a_derivative_says_so(place: int) -> None:
+    arguments = arguments_of("winograd", torch.randn(2, 16, 4, 4))
+    arguments[place].requires_grad_()
+    with pytest.raises(RuntimeError, match="winograd: an argument requires a gradient"):
+        ops.winograd(*arguments)
+    with torch.no_grad():
+        assert not ops.winograd(*arguments).requires_grad
+
+
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
 
@@ -572,6 +689,23 @@ def test_cuda_step_can_be_captured(cuda: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_same(stepped, ops.reference(x, eps, grad, *table, -1.0, 1.0))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", ["group_norm_silu", "group_norm_silu_backward"])
+def test_cuda_norm_can_be_captured_on_another_stream(cuda: str, op: str) -> None:
+    x = torch.randn(2, 16, 8, 8, device=cuda)
+    arguments = [a.to(cuda) if isinstance(a, Tensor) else a for a in arguments_of(op, torch.randn(2, 16, 8, 8))]
+    arguments[1 if op.endswith("backward") else 0] = x
+    run = getattr(torch.ops.knife, op)
+    run(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*arguments)
+    x.mul_(-0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, run(*arguments)))
 
 
 @pytest.mark.cuda
