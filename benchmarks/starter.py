@@ -5,7 +5,8 @@ python benchmarks/starter.py pack [--models models]    # packs what was trained
 
 The models in the package come from this data set, but were trained in several stretches, the first of them with earlier
 versions of the loop; to save time, regress began with segment's weights and took 3,500 steps, classify with those of
-regress and took 500. Training anew gives models of the same kind, not the same bits.
+regress and took 500, and its temperatures were fitted later, the weights held. Training anew gives models of the same
+kind, not the same bits.
 """
 
 import argparse

@@ -1,12 +1,15 @@
 """Seconds per image, by task: a whole call of `knife.translate`, models read and files written.
 
     python benchmarks/translate.py [--batch-sizes 1,8] [--noise-level L] [--steps N] [--repeats 3] [--models DIR]
+                                   [--figure batch.png]
 
-Images are phantoms. Prints a table (medians over the repeats) and, last, one JSON line.
+Images are phantoms. Prints a table (medians over the repeats) and, last, one JSON line; draws the seconds over the
+batch if asked to.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from knife import ops
+from knife import ops, panel
 from knife.devices import resolve_device
 from knife.phantom import phantom, write_nifti
 from knife.settings import Settings, Wish
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", type=Path, help="folder of trained models; default: the shipped ones")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     batches = [int(text) for text in options.batch_sizes.split(",")]
     figures: dict[str, dict[int, float]] = {}
@@ -67,6 +71,12 @@ def main() -> None:
         for task in TARGETS:
             figures[task] = {batch: measure(task, batch, folder, options) for batch in batches}
             print(f"{task:<10}" + "".join(f"{seconds:17.3f}  " for seconds in figures[task].values()))
+    if options.figure:
+        lines = [
+            panel.Line(task, [(math.log2(batch), seconds) for batch, seconds in row.items()])
+            for task, row in figures.items()
+        ]
+        panel.chart(lines, "log2 of the batch", "seconds an image").save(options.figure)
     device, _ = resolve_device(options.device)
     machine = (
         torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()}, {torch.get_num_threads()} threads"

@@ -35,9 +35,9 @@ class Pixelwise(nn.Module):
         return logits
 
 
-def loss(net: nn.Module, x: Tensor, t: Tensor, maps: Tensor) -> Tensor:
-    """Return the binary cross-entropy of both maps."""
-    return F.binary_cross_entropy_with_logits(net(x, t), maps)
+def loss(logits: Tensor, maps: Tensor) -> Tensor:
+    """Return the binary cross-entropy of both maps, [N, 2, H, W]."""
+    return F.binary_cross_entropy_with_logits(logits, maps)
 
 
 def maps_of(case: "Case") -> Tensor:

@@ -92,7 +92,7 @@ def build(image_spec: "ImageSpec", config: Mapping[str, Any]) -> nn.Module:
 @hookimpl
 def train(net: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
     """Return the mean squared error, or that of the maps."""
-    return loss(net.maps, x, t, label) if isinstance(net, Size) else F.mse_loss(net(x, t)[:, 0], label)
+    return loss(net.maps(x, t), label) if isinstance(net, Size) else F.mse_loss(net(x, t)[:, 0], label)
 
 
 @hookimpl

@@ -78,6 +78,57 @@ def test_a_class_is_as_likely_as_no_pixel_of_the_mask(pixels, healthy):
     assert log_p.isfinite().all()
 
 
+@pytest.mark.parametrize(("t", "temperature"), [(0, 2.0), (50, 4.0), (100, 8.0), (999, 1.0), (5000, 1.0)])
+def test_the_number_expected_is_divided_by_the_temperature_of_the_timestep(t, temperature):
+    net = classify.Presence(Pixelwise(Told(rectangle(1, 10, 16), rectangle(16, 16, 16))))
+    with torch.no_grad():
+        net.knots[:2] = torch.tensor([2.0, 8.0]).log() / classify.RATE
+    log_p = net(torch.zeros(1, 2, 16, 16), torch.tensor([t]))
+    assert log_p[0, 1].item() == pytest.approx(-10 / temperature, rel=1e-3)
+
+
+class Wary(nn.Module):
+    """Suspects all 256 pixels a little, and those of a tumour a little more; its one weight is of no use."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t):
+        suspected = torch.where(x[:, :1] > 0, -2.0, -3.0) + self.weight
+        return torch.cat([suspected, suspected], 1)
+
+
+def test_a_temperature_is_learnt_that_makes_classes_of_wary_maps():
+    torch.manual_seed(0)
+    masks = torch.stack([rectangle(6, 16, 16) if i % 2 else rectangle(0, 0, 16) for i in range(8)])
+    labels = torch.stack([torch.stack([mask, torch.ones_like(mask)]) for mask in masks])
+    x, t = masks[:, None], torch.full((8,), 30)
+    net = classify.Presence(Pixelwise(Wary()))
+    before = net(x, t)[::2, 1].exp()
+    assert (before < 1e-4).all(), "healthy images are called diseased"
+    optimizer = torch.optim.Adam([net.knots], lr=5e-4)
+    for _ in range(600):
+        optimizer.zero_grad()
+        task("classify").train(net, x, t, labels).backward()
+        optimizer.step()
+    p = net(x, t).exp()
+    assert (p[::2, 1] > 0.3).all()
+    assert (p[1::2, 0] > 0.7).all()
+    assert p[0, 1] / p[1, 1] > 1.5
+
+
+def test_the_temperature_leaves_the_maps_as_they_are():
+    x, t = torch.rand(2, 2, 16, 16), torch.tensor([30, 600])
+    label = torch.stack([torch.stack([rectangle(0, 0, 16), rectangle(9, 9, 16)])] * 2)
+    net = classify.Presence(Pixelwise(Wary()))
+    net.loss(x, t, label).backward()
+    alone = Wary()
+    nn.functional.binary_cross_entropy_with_logits(alone(x, t), label).backward()
+    torch.testing.assert_close(net.maps.unet.weight.grad, alone.weight.grad)
+    assert (net.knots.grad != 0).nonzero().flatten().tolist() == [0, 1, 6]
+
+
 def test_a_class_is_read_from_labels_and_targets_alike():
     known, spec = task("classify"), preset("small-64").spec("classify", CHANNELS)
     config = known.configure([case(rectangle(2, 5)), case(rectangle(0, 0))])
