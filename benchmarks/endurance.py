@@ -4,7 +4,8 @@
 
 trainings     killed (SIGKILL) at random moments and begun again until they end: lost are committed states that are not
               there any more, mismatched are trainings whose digest is not that of the uninterrupted one
-signals       the command itself gets SIGINT or SIGTERM: a wrong code is any but 130 and 143, or 0 if it was done
+signals       the command itself gets SIGINT, SIGTERM or SIGKILL: a wrong code is any but 130, 143 and 137, or 0 if it
+              was done
 calls         the n-th call that touches a file fails (full disk, I/O error, short write, crash), for n = 1, 2, ...
               until a training meets none; then the disk is mended, and the same training must end as the
               uninterrupted one did
@@ -28,13 +29,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image as Picture
 
-from knife import files, resume, spec, translate
+from knife import files, resume, spec, tasks, translate
 from knife.checkpoint import Card, read_about, save
 from knife.errors import DiskError, ModelError
 from knife.job import Run
@@ -72,6 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     spec.PRESETS["tiny"], resume.LOG_EVERY = PRESET, 2
+    tasks.registrations = cache(tasks.registrations)  # half of so short a training is looking for plugins
     chance, began = random.Random(options.seed), time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -106,6 +109,8 @@ def child(work: Callable[[], object]) -> Iterator[int]:
             code = 0
         except SystemExit as error:
             code = int(error.code or 0)
+        except KeyboardInterrupt:  # as Python itself ends by it
+            code = 128 + signal.SIGINT
         finally:
             os._exit(code)
     try:
@@ -201,48 +206,49 @@ def kill_trainings(root: Path, kills: int, chance: random.Random) -> dict[str, i
 
 def signal_trainings(root: Path, signals: int, chance: random.Random) -> dict[str, int]:
     """Send signals to the command at random moments, and begin it again: it saves, says so by its code, and goes on."""
-    from knife.cli import main as command
-
     whole, (told, tell) = tiny_run(root, "whole"), os.pipe()
 
-    def commanded(run: Run) -> None:
+    def begun(run: Run) -> None:
         os.write(tell, b"!")
-        sys.argv = [
-            "knife",
-            "train",
-            run.kind,
-            "--data",
-            str(run.data),
-            "--models",
-            str(run.models),
-            "--preset",
-            "tiny",
-        ]
-        sys.argv += ["--dataset=set", "--every=2", "--device=cpu"]
-        try:
-            command()
-        finally:  # what comes too late to be heard is none of the command's
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+        commanded(run)
 
-    seconds = timed(lambda: commanded(whole))
+    finished(tiny_run(root, "loaded"))  # here, so that no child has to load anything
+    seconds = timed(lambda: begun(whole))
     os.read(told, 1)
     wanted, counts = digest(whole), {"signals": 0, "ended": 0, "mismatched": 0, "wrong_code": 0, "still_locked": 0}
     while counts["signals"] < signals:
         run = tiny_run(root, f"run{counts['ended']}")
         code: int | None = None
         while code != 0:
-            how = chance.choice([signal.SIGINT, signal.SIGTERM])
-            with child(lambda run=run: commanded(run)) as number:
+            how, before = chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]), locks(run)
+            with child(lambda run=run: begun(run)) as number:
                 os.read(told, 1)  # the command has begun
-                code = ended(number, chance.uniform(0.01, seconds), how)
+                code = ended(number, chance.uniform(0, seconds), how)
             sent = code not in (0, None)
             counts["signals"] += sent
-            counts["wrong_code"] += sent and code != 128 + how
-            counts["still_locked"] += bool(list(run.models.rglob("*.lock")))
+            counts["wrong_code"] += sent and code not in (128 + how, -how)  # shells call both so
+            counts["still_locked"] += sent and how != signal.SIGKILL and locks(run) > before
         counts["ended"] += 1
         counts["mismatched"] += digest(run) != wanted
     return counts
+
+
+def locks(run: Run) -> set[Path]:
+    """Return the locks that lie there; what is killed leaves its own, which nobody holds any more."""
+    return {*run.models.rglob("*.lock")}
+
+
+def commanded(run: Run) -> None:
+    """Train by the command line; what comes too late to be heard is none of the command's."""
+    from knife.cli import main as command
+
+    sys.argv = ["knife", "train", run.kind, "--data", str(run.data), "--models", str(run.models), "--dataset=set"]
+    sys.argv += ["--preset=tiny", "--every=2", "--device=cpu"]
+    try:
+        command()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def fail_calls(root: Path, stride: int) -> dict[str, int]:

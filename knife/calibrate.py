@@ -26,9 +26,10 @@ from knife import data, layouts, panel
 from knife.checkpoint import STARTER, Card, Stored, describe, digest, load, read_about, read_tensors, save, write_safely
 from knife.ddim import SOLVERS, decode, encode
 from knife.devices import enough_memory, keep_freed_memory, resolve_device
-from knife.errors import InputError, KnifeError, ModelError, SamplingError, SettingsError, TaskError
+from knife.errors import DiskError, InputError, KnifeError, ModelError, SamplingError, SettingsError, TaskError
 from knife.files import room
 from knife.finite import fill_of
+from knife.lock import models_locked
 from knife.schedule import Schedule, noise, path, timestep
 from knife.settings import DEFAULTS, LEVEL, SPREAD, STANDARD
 from knife.tasks import Task, task
@@ -42,7 +43,7 @@ WALKED_IN = (10, 20, 50, 100)  # steps
 NO_SKILL = 0.1  # a guide of less skill on clean images knows nothing of them
 HIDDEN = 0.8  # of the skill on clean images is left at the level that is chosen
 LOST = 0.5  # of it is left where a guide's window ends
-LEAST_NOISE, MOST_NOISE = 0.2, 0.025  # alpha_bar at the lowest and the highest level that is chosen
+LEAST_NOISE, MOST_NOISE = 0.1, 0.025  # alpha_bar at the lowest and the highest level that is chosen
 FAITHFUL = 0.03  # error of the round trip, a share of the value range, that the chosen level keeps below
 GRAIN = 40  # parts of T that chosen levels are rounded to
 PICTURE = "calibration.png"
@@ -172,7 +173,8 @@ def calibrate(
         progress: called with (done, total) as the measurement goes on.
 
     Raises:
-        ModelError: if there are no such models, or they are damaged, cannot be written to, or change meanwhile.
+        ModelError: if there are no such models, or they are damaged, or change meanwhile.
+        DiskError: if they cannot be written to, or are being trained.
         InputError: if the images cannot be used, or have no labels for any of the tasks.
         TaskError: if no task tells how far an image is from its target, or its plugin fails.
         SettingsError: if `count` is too small, or `layout` or `slices` do not suit the folder.
@@ -183,7 +185,15 @@ def calibrate(
         raise SettingsError(f"--count {count}: give 2 or more; images are told from one another.")
     stored, where = stored_in(models, dataset), resolve_device(device)[0]
     keep_freed_memory()
-    split, entries = set_apart(opened(folder, stored, layout, slices), count)
+    with models_locked(*(one.path for one in stored)):
+        return of_stored(stored, opened(folder, stored, layout, slices), count, where, progress)
+
+
+def of_stored(
+    stored: Sequence[Stored], folder: layouts.Folder, count: int, where: str, progress: Callable[[int, int], None]
+) -> Calibration:
+    """Measure stored networks on images of a folder, and write what was found; see `calibrate`."""
+    split, entries = set_apart(folder, count)
     subjects, left_out = subjects_of(stored, entries)
     total, done = sum(calls(one) for one in subjects), counter(1)
     with enough_memory(where, f"{DEFAULTS.batch_size} images at once do", "give --device cpu, or use smaller models"):
@@ -191,10 +201,10 @@ def calibrate(
     trip = next((one for one in found if isinstance(one, RoundTrip)), None)
     sights = {one.kind: seen for one, seen in zip(subjects, found, strict=True) if isinstance(seen, Sight)}
     choices = {one.kind: chosen(sights[one.kind], one.card.schedule, trip) for one in subjects if one.kind in sights}
-    picture = models / dataset / PICTURE
+    picture = stored[0].path.parent / PICTURE
     for one, seen in zip(subjects, found, strict=True):
         store(one, {**seen.to_json(), **choices.get(one.kind, {}), "split": split})
-    write_safely(picture, drawn(dataset, sights, choices, trip))
+    write_safely(picture, drawn(picture.parent.name, sights, choices, trip))
     return Calibration(split, sights, choices, trip, left_out, picture)
 
 
@@ -290,7 +300,7 @@ def chosen(seen: Sight, schedule: Schedule, trip: RoundTrip | None) -> Choice:
     hardly steer. So the level is taken at which a guide has lost a fifth of the skill that it has on clean images:
     by then the noise hides part of what the task is about, and the guide still sees most of it. It is kept below the
     level at which the round trip misses its input by 3 % of the range, and, above all, between the levels at which a
-    fifth and a fortieth of an image's variance is left, lest a weak guide ask for hardly any noise.
+    tenth and a fortieth of an image's variance is left, lest a weak guide ask for hardly any noise.
 
     This is a rule of thumb. Its numbers were set by a few models that translations were tried with, and noised images
     are not quite what encoding makes. Where a translation's result can be judged, a sweep of levels knows better.
@@ -336,7 +346,8 @@ def stored_in(models: Path, dataset: str) -> list[Stored]:
     """Return the diffusion model and the guides of a data set; judges are left out.
 
     Raises:
-        ModelError: if there are none, one of them is damaged, or they could not be written.
+        ModelError: if there are none, or one of them is damaged.
+        DiskError: if they could not be written.
     """
     place = models / dataset
     if not dataset or Path(dataset).name != dataset or not place.is_dir():
@@ -358,9 +369,9 @@ def refuse_unwritable(folder: Path, need: int) -> None:
     try:
         free = room(folder)
     except OSError as error:
-        raise ModelError(f"{folder}: cannot be written to; copy the models, and give --models.") from error
+        raise DiskError(f"{folder}: cannot be written to; copy the models, and give --models.") from error
     if free < need:
-        raise ModelError(f"{folder}: {free / 2**20:.0f} MiB are free, a card takes {need / 2**20:.0f}; make room.")
+        raise DiskError(f"{folder}: {free / 2**20:.0f} MiB are free, a card takes {need / 2**20:.0f}; make room.")
 
 
 def opened(

@@ -6,8 +6,8 @@ read here, so a stranger's file can do no harm. A hash beside the card tells if 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from knife import files
-from knife.errors import DiskError, KnifeError, ModelError
+from knife.devices import ran_out_of_memory
+from knife.errors import DiskError, KnifeError, ModelError, UnreadableError
 from knife.schedule import Schedule
 from knife.spec import ImageSpec
 from knife.tasks import task
@@ -147,19 +148,38 @@ def seal(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Tell a file that is missing or damaged from one that the disk refuses to read; memory that runs out is neither.
+
+    Raises:
+        ModelError: if it is missing or damaged.
+        UnreadableError: if the disk refuses.
+    """
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file; check the name, or train the model first.")
+        with path.open("rb") as file:
+            file.read(1)  # safetensors calls all that cannot be opened missing
+        yield
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error})"
+        raise UnreadableError(f"{path}: {reason}; allow it, or look after the disk, and try again.") from error
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:  # a RecursionError is one too
+        if ran_out_of_memory(error):
+            raise
+        raise ModelError(f"{path}: {DAMAGED} ({type(error).__name__}).") from error
+
+
 def read_about(path: Path) -> dict[str, Any]:
     """Read the JSON description of a file that `save` wrote.
 
     Raises:
         ModelError: if the file is missing, damaged, or not knife's.
+        UnreadableError: if the disk refuses.
     """
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; check the name, or train the model first.")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["knife"])
-    except (SafetensorError, OSError, ValueError, KeyError, RecursionError, MemoryError) as error:
-        raise ModelError(f"{path}: {DAMAGED} ({type(error).__name__}).") from error
+    with refusing(path), safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {})["knife"])
     if not isinstance(about, dict):
         raise ModelError(f"{path}: {DAMAGED} (it describes itself as a {type(about).__name__}).")
     return about
@@ -173,13 +193,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         ModelError: if the file is missing, damaged, or a bit of it has changed since it was written.
+        UnreadableError: if the disk refuses.
     """
     about = read_about(path)
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safe_open is no dict
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise ModelError(f"{path}: {DAMAGED} ({type(error).__name__}).") from error
+    with refusing(path), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safe_open is no dict
     if about.get("sha256") != seal(about, tensors):
         raise ModelError(f"{path}: {DAMAGED} (its checksum differs).")
     return tensors
@@ -213,10 +231,12 @@ def load(stored: Stored, device: torch.device | str = "cpu") -> nn.Module:
     refuse_larger(stored, sum(tensor.numel() for tensor in weights.values()))
     try:
         net = stored.card.build()
-        net.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in weights.items()})
+        net.load_state_dict(weights)  # copied into float32, whatever they were stored in
     except KnifeError:
         raise
     except Exception as error:  # a damaged card may ask for a network that cannot be built in many ways
+        if ran_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200].rstrip(" .")
         raise ModelError(f"{stored.path}: its weights do not fit its card: {reason}.") from error
     return ready(net, device).eval().requires_grad_(False)

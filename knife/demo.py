@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor
 
 from knife import panel
-from knife.errors import InputError, SettingsError
+from knife.errors import InputError
 from knife.files import write_safely
 from knife.image import Image
-from knife.outputs import Translation
-from knife.phantom import CHANNELS, phantom, write_nifti
+from knife.outputs import Translation, refuse_unwritable, refusing_disk
+from knife.phantom import CHANNELS, nifti, phantom
 from knife.settings import DEFAULTS, Settings, Wish
 from knife.translation import translate
 
@@ -60,6 +59,7 @@ def run_demo(
 
     Raises:
         InputError: if one of the three files is there already and is not the demonstration's.
+        DiskError: if the disk refuses.
         KnifeError: if a translation is refused.
     """
     mask = write_inputs(folder)
@@ -75,7 +75,8 @@ def run_demo(
             image, Wish(scene.task, target), out=out, models=None, settings=settings, device=device, progress=advance
         )
     picture = folder / "demo" / "demo.png"
-    write_safely(picture, overview(done, mask))
+    with refusing_disk("--folder", folder):
+        write_safely(picture, overview(done, mask))
     return [row(scene, translation) for scene, translation in zip(SCENES, done, strict=True)], picture
 
 
@@ -88,20 +89,14 @@ def write_inputs(folder: Path) -> Tensor:
         "healthy.nii": healthy.pixels,
         "mask.nii": mask,
     }
-    try:
-        with TemporaryDirectory() as fresh:
-            for name, pixels in files.items():
-                write_nifti(Path(fresh, name), pixels)
-            made = {folder / name: Path(fresh, name).read_bytes() for name in files}
+    refuse_unwritable("--folder", folder)
+    made = {folder / name: nifti(pixels) for name, pixels in files.items()}
+    with refusing_disk("--folder", folder):
         for path, data in made.items():
             if path.exists() and path.read_bytes() != data:
                 raise InputError(f"{path}: is there already, and not the demonstration's; give another --folder.")
         for path, data in made.items():
             write_safely(path, data)
-    except OSError as error:
-        raise SettingsError(
-            f"--folder {folder}: {error.strerror or error}; give one that can be written to."
-        ) from error
     return torch.from_numpy(mask) > 0
 
 

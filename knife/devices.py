@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from knife.errors import DeviceError, MemoryShortError, SettingsError
 
 MALLOC = ("keep", "system")  # KNIFE_MALLOC
 M_TRIM_THRESHOLD, M_MMAP_MAX, MOST = -1, -4, 2**31 - 1  # of mallopt in glibc's malloc.h
+CUBLAS = (
+    "CUBLAS_WORKSPACE_CONFIG"  # what cuBLAS asks for its memory as it starts: of a fixed size, it adds in one order
+)
 
 
 def precision(device: str) -> torch.autocast:
@@ -77,6 +81,41 @@ def keep_freed_memory() -> str:
     if not (mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, MOST)):
         return "left to the system: glibc refused to keep what is freed"
     return "what tensors free is kept for the next ones"
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Let torch give the same bits every time, if that is wanted, and leave its settings as they were.
+
+    On a GPU, many a kernel adds in the order in which its threads come. A process that has used CUDA before must have
+    begun with CUBLAS_WORKSPACE_CONFIG=:4096:8.
+
+    Raises:
+        SettingsError: if a network does what torch can only do in changing order.
+    """
+    if not wanted:
+        yield
+        return
+    torch_before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn, chosen, cublas = torch.backends.cudnn, torch.backends.cudnn.benchmark, os.environ.get(CUBLAS)
+    os.environ.setdefault(CUBLAS, ":4096:8")
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.benchmark = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(" .")
+        raise SettingsError(
+            f"--deterministic: torch cannot compute this network so ({reason}); leave it out."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(torch_before[0], warn_only=torch_before[1])
+        cudnn.benchmark = chosen
+        if cublas is None:
+            del os.environ[CUBLAS]
 
 
 @contextmanager

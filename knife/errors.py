@@ -5,6 +5,7 @@
     ├── TargetError       --target does not mean anything to the task
     ├── TaskError         a task plugin is unknown, broken or breaks its contract
     ├── ModelError        a checkpoint is missing, damaged or does not fit
+    │   └── UnreadableError  it may be whole, but the disk refuses to read it (4)
     ├── SettingsError     an option has an impossible value, or differs from the run it resumes
     ├── DiskError         the disk is full or refuses, or holds no state that can be trusted (4)
     │   └── LockedError   another process trains this model
@@ -42,6 +43,12 @@ class TaskError(KnifeError):
 
 class ModelError(KnifeError):
     """A checkpoint is missing, damaged, or does not fit what it shall be used with."""
+
+
+class UnreadableError(ModelError):
+    """A checkpoint may be whole, but the disk refuses to read it."""
+
+    exit_code = 4
 
 
 class SettingsError(KnifeError):

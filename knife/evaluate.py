@@ -40,10 +40,10 @@ from knife.calibrate import form_of, opened
 from knife.data import Case, Form
 from knife.devices import keep_freed_memory, resolve_device
 from knife.errors import InputError, KnifeError, SettingsError, TargetError, TaskError
-from knife.files import room, write_safely
+from knife.files import write_safely
 from knife.image import Image
 from knife.layouts import SPLIT_NAMES, Entry, Folder
-from knife.outputs import Edit, Translation, refusing_disk, without_folder
+from knife.outputs import Edit, Translation, refuse_unwritable, refusing_disk, without_folder
 from knife.pairs import Pair, choose
 from knife.settings import DEFAULTS, Settings, Wish
 from knife.steering import Job, Reader, Ticks, run
@@ -157,7 +157,8 @@ def evaluate(
         progress: called with (steps done, steps in all) after every step of a batch.
 
     Raises:
-        SettingsError: if an option is impossible, or the results could not be written.
+        SettingsError: if an option is impossible.
+        DiskError: if the results could not be written.
         InputError: if no image of the split can be used.
         TargetError: if a target means nothing to the task.
         ModelError: if there are no such models, or they are damaged.
@@ -203,10 +204,7 @@ def check_options(targets: Sequence[str], split: str, count: int, out: Path) -> 
         raise SettingsError(f"--split {split}: no such split; give one of {', '.join(SPLIT_NAMES)}.")
     if count < 1:
         raise SettingsError(f"--count {count}: give 1 or more.")
-    try:
-        room(out)
-    except OSError as error:
-        raise SettingsError(f"-o {out}: {error.filename} is {error.strerror}; give another one.") from error
+    refuse_unwritable("-o", out)
 
 
 def about_images(source: Folder, samples: Sequence[Sample], pair: Pair, seed: int) -> dict[str, Any]:
@@ -463,7 +461,7 @@ def save(found: Evaluation) -> None:
         DiskError: if the disk refuses.
     """
     text = json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n"
-    with refusing_disk(found.files.record.parent):
+    with refusing_disk("-o", found.files.record.parent):
         write_safely(found.files.picture, drawn(found))
         write_safely(found.files.table, table(found.rows))
         write_safely(found.files.record, text.encode())

@@ -117,8 +117,11 @@ def make_folder(folder: Path) -> None:
     if os.path.isdir(folder):
         return
     make_folder(folder.parent)
-    with suppress(FileExistsError):  # another process was quicker
+    try:
         os.mkdir(folder)
+    except FileExistsError:  # another process was quicker, unless a link leads nowhere
+        if os.path.islink(folder):
+            raise
     sync(folder.parent)
 
 
@@ -133,9 +136,11 @@ def remove_left_behind(folder: Path) -> None:
 def room(folder: Path) -> int:
     """Return the free bytes where a folder is, or will be made.
 
-    Raises OSError, naming the nearest folder that is there, if that cannot be written to.
+    Raises OSError, naming what is there, if it cannot be written to; NotADirectoryError if it is no folder at all.
     """
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "no folder that can be written to", str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no folder that can be written to", str(there))
     return shutil.disk_usage(there).free

@@ -32,8 +32,10 @@ T = TypeVar("T")
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]  # (net, x0, label, level, eps) -> scalar
 Example = tuple[Tensor, Tensor]  # image [C, H, W] and its label
 FREE = (  # may differ when a run is resumed
-    "steps", "every", "device", "accumulate", "command", "tensorboard", "accept_data", "steal_lock",
+    "steps", "every", "device", "accumulate", "command", "tensorboard", "accept_data", "steal_lock", "deterministic",
+    "skip_bad",
 )  # fmt: skip
+FAILED = "not read"  # stands for the content of an image that the system failed to read, and may read another time
 PREPARED = ".prepared"  # the folder beside the data sets' that keeps decoded images
 PARTS, BANDS = 4, 10  # parts of a task's batch by noise level, and bands of levels whose usual loss is known
 VALIDATED_ON = 64  # images at most
@@ -78,6 +80,8 @@ class Run:
     spare_judge: bool = False  # leave out the half of the patients that judges learn from
     accept_data: bool = False  # resume though the images have changed
     steal_lock: bool = False  # train though a process of another machine has left its lock
+    deterministic: bool = False  # the same bits every time, on a GPU too
+    skip_bad: bool = False  # go on without an image that changes on the disk while the training runs
 
     def __post_init__(self) -> None:
         if not self.dataset or Path(self.dataset).name != self.dataset or self.dataset.startswith("."):
@@ -138,6 +142,7 @@ class Job:
     card: Card
     task: Task | None  # None: a diffusion model
     examples: Sequence[Example]
+    names: Sequence[str]  # of the examples
     validation: Sequence[Example]
     set_apart: int  # images in `validation` that are not trained on: all of them, or none
     folder: layouts.Folder
@@ -145,6 +150,7 @@ class Job:
     fingerprint: str
     inventory: Mapping[str, str]
     strata: Strata | None = None  # by which images are balanced, if they are
+    without: frozenset[int] = frozenset()  # examples that went bad: they are drawn as ever, and not learnt from
     team: Team = ALONE  # the processes that share the work
 
     @property
@@ -181,20 +187,28 @@ def prepare(run: Run, loading: Callable[[int, int], None] = lambda done, total: 
     card = replace(card, config=kind.configure(loaded.cases, run.label) if kind else {})
     examples, validation = (labelled(kind, part, card.config) for part in (loaded, held_out))
     refuse_too_few(run, loaded)
-    examples, kinds = sampled(run, examples, loaded, entries if "classes" in card.config else [])
+    examples, names, kinds = sampled(run, examples, loaded, entries if "classes" in card.config else [])
     return Job(
         run=run,
         card=card,
         task=kind,
         examples=examples,
+        names=names,
         validation=validation or some(examples),
         set_apart=len(validation),
         folder=folder,
         skipped={**folder.skipped, **loaded.skipped, **held_out.skipped},
         fingerprint=data.fingerprint(entries),
-        inventory=inventory,
+        inventory=inventory | as_read([entry for entry in entries if entry.name in loaded.passing]),
         strata=kinds,
     )
+
+
+def as_read(failed: Sequence[layouts.Entry]) -> dict[str, str]:
+    """Return the inventory of images that the system failed to read, so that it differs if they are read one day."""
+    told = data.inventory(failed)
+    there = [e for e in failed if all(data.file_size(file) is not None for file in data.files_of([e]))]
+    return told | {data.short_hash(entry.name): FAILED for entry in there}
 
 
 def half_of(run: Run, loaded: data.Loaded, entries: Sequence[layouts.Entry]) -> data.Loaded:
@@ -203,7 +217,7 @@ def half_of(run: Run, loaded: data.Loaded, entries: Sequence[layouts.Entry]) -> 
         return loaded
     names = {entry.name for entry in entries if is_judges(entry.key) == run.judge}
     skipped = {name: why for name, why in loaded.skipped.items() if name in names}
-    return data.Loaded([case for case in loaded.cases if case.name in names], skipped)
+    return data.Loaded([case for case in loaded.cases if case.name in names], skipped, loaded.passing & names)
 
 
 def is_judges(patient: str) -> bool:
@@ -218,16 +232,19 @@ def which_half(run: Run) -> str:
 
 def sampled(
     run: Run, examples: list[Example], loaded: data.Loaded, sliced: Sequence[layouts.Entry]
-) -> tuple[list[Example], Strata | None]:
-    """Leave out what --cap says, and sort what stays for --balance, by the heights of entries in `sliced` too."""
+) -> tuple[list[Example], list[str], Strata | None]:
+    """Leave out what --cap says, and sort what stays for --balance, by the heights of entries in `sliced` too.
+
+    Returns the examples, their names, and their kinds if they are balanced.
+    """
     names = [case.name for case in loaded.cases]
     if run.cap is not None:
         kept = capped([label for _, label in examples], run.cap, generator(run.drawn_from, 0, CAP))
         examples, names = [examples[i] for i in kept], [names[i] for i in kept]
     if not run.balance:
-        return examples, None
+        return examples, names, None
     heights = {entry.name: entry.height for entry in sliced}
-    return examples, strata([label for _, label in examples], [heights.get(name) for name in names])
+    return examples, names, strata([label for _, label in examples], [heights.get(name) for name in names])
 
 
 def refuse_too_few(run: Run, loaded: data.Loaded) -> None:

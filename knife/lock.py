@@ -1,8 +1,9 @@
-"""One training a model at a time: a lock that the kernel frees when its holder dies, however it dies.
+"""One process a model at a time, to train, measure or import it, by a lock that is free as soon as its holder dies.
 
-The lock is POSIX's (`lockf`), on one descriptor that is kept for life: no child inherits it. Its file says who holds
-it. The kernel knows of the processes of its own machine alone, so on a disk that several share, what a process of
-another one has left there counts as held. Where there is no `fcntl` (Windows), nothing is locked.
+The lock is POSIX's (`lockf`), on one descriptor that is kept for life: no child inherits it, and the kernel frees it
+however its holder dies. Its file says who that is. The kernel knows of the processes of its own machine alone, so on a
+disk that several share, what a process of another one has left there counts as held. Where there is no `fcntl`
+(Windows), nothing is locked.
 """
 
 import errno
@@ -11,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,20 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 HELD = (errno.EACCES, errno.EAGAIN)  # what lockf answers if another process has the lock
+NONE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what it answers where there are no locks, as on NFS without lockd
 MOST = 4096  # bytes that are read of what a holder says of itself
+
+
+@contextmanager
+def models_locked(*models: Path, steal: bool = False) -> Iterator[None]:
+    """Hold the locks of models by their files: nobody else trains, measures or imports them meanwhile.
+
+    Raises LockedError and DiskError as `locked` does.
+    """
+    with ExitStack() as held:
+        for model in models:
+            held.enter_context(locked(model.with_name(f".{model.stem}.lock"), shown(model), steal))
+        yield
 
 
 @contextmanager
@@ -38,7 +52,7 @@ def locked(path: Path, what: str, steal: bool = False) -> Iterator[None]:
 
     Raises:
         LockedError: if another process holds it.
-        DiskError: if the file cannot be made.
+        DiskError: if the file cannot be made, or the disk keeps no locks.
     """
     if fcntl is None:
         yield
@@ -47,12 +61,17 @@ def locked(path: Path, what: str, steal: bool = False) -> Iterator[None]:
     try:
         fd = taken(path, what, steal)
     except OSError as error:
-        raise DiskError(f"{shown(path)}: cannot be locked ({error.strerror or error}); allow it.") from error
+        advice = (
+            "such a disk keeps no locks: give another one, or mount it with them" if error.errno in NONE else "allow it"
+        )
+        raise DiskError(f"{shown(path)}: cannot be locked ({error.strerror or error}); {advice}.") from error
+    mine = read(fd)
     try:
         yield
     finally:
         with suppress(OSError):
-            os.unlink(path)  # before it is freed: nobody else holds it
+            if read(fd) == mine:  # else a process of another machine has taken it over
+                os.unlink(path)  # before it is freed: nobody else holds it
         os.close(fd)
         with suppress(OSError):
             for folder in made:
@@ -86,7 +105,7 @@ def lock(fd: int, path: Path, what: str) -> None:
     except OSError as error:
         if error.errno not in HELD:
             raise
-        raise LockedError(f"{what} is being trained by {spelled(read(fd))}; wait for it, or end it.") from None
+        raise LockedError(f"{what} is in use by {spelled(read(fd))}; wait for it, or end it.") from None
 
 
 def is_at(fd: int, path: Path) -> bool:
@@ -102,7 +121,8 @@ def refuse_elsewhere(fd: int, path: Path, what: str, steal: bool) -> None:
     holder = read(fd)
     if holder.get("host", socket.gethostname()) != socket.gethostname() and not steal:
         raise LockedError(
-            f"{what} was begun by {spelled(holder)}, another machine; if that process has ended, give --steal-lock."
+            f"{what} was begun by {spelled(holder)}, another machine; "
+            f"if that process has ended, give --steal-lock, or remove {shown(path.name)}."
         )
 
 

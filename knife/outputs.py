@@ -182,12 +182,10 @@ def destinations(
 
     Raises:
         InputError: if an input or a target would be overwritten.
-        SettingsError: if the folder cannot be written to.
+        SettingsError: if it is no folder.
+        DiskError: if it cannot be written to.
     """
-    try:
-        room(out)
-    except OSError as error:
-        raise SettingsError(f"-o {out}: {error.filename} is {error.strerror}; give another one.") from error
+    refuse_unwritable("-o", out)
     given: list[Place] = [
         *(file for paths in inputs for file in paths),
         *(wish.target for wish in wishes),
@@ -268,7 +266,7 @@ def save(translation: Translation, files: Files, dtype: str = "same", key: str |
         "difference_peak": peak,
     }
     translation = replace(translation, record={**translation.record, **about}, files=files)
-    with refusing_disk(files.record.parent):
+    with refusing_disk("-o", files.record.parent):
         write(result, files.image, dtype=dtype)
         if isinstance(source.source.kind, Picture):
             write_safely(files.difference, panel.png(panel.grey(difference[0], 0, peak)))
@@ -286,14 +284,29 @@ def write_record(record: Mapping[str, Any], files: Files) -> None:
     write_safely(files.record, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
+def refuse_unwritable(option: str, folder: Path) -> None:
+    """Refuse a folder for results before minutes are spent.
+
+    Raises:
+        SettingsError: if it is no folder.
+        DiskError: if it cannot be written to.
+    """
+    try:
+        room(folder)
+    except NotADirectoryError as error:
+        raise SettingsError(f"{option} {folder}: {error.filename} is {error.strerror}; give another one.") from error
+    except OSError as error:
+        raise DiskError(f"{option} {folder}: {error.filename} is {error.strerror}; allow it.") from error
+
+
 @contextmanager
-def refusing_disk(folder: Path) -> Iterator[None]:
+def refusing_disk(option: str, folder: Path) -> Iterator[None]:
     """Turn what the disk refuses into a DiskError that names the folder of the results."""
     try:
         yield
     except OSError as error:
         reason = f"cannot be written to ({error.strerror or error})"
-        raise DiskError(f"-o {folder}: {reason}; make room, or allow it.") from error
+        raise DiskError(f"{option} {folder}: {reason}; make room, or allow it.") from error
 
 
 def draw(translation: Translation) -> bytes:

@@ -13,6 +13,8 @@ Anatomy and tumour have random streams of their own, and the tumour's ranking do
 
 import csv
 import functools
+import gzip
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knife.errors import InputError, SettingsError
+from knife.files import sync, write_safely
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 CORE, OEDEMA, RIM = 1, 2, 4  # the BraTS labels
@@ -397,10 +400,9 @@ def write_dataset(
         raise InputError(f"{out}: exists already and is not an empty folder; choose another name or remove it.")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        for folder in ("images", "masks"):
-            (partial / folder).mkdir(parents=True)
         _fill(partial, count, size, seed, on_progress)
         partial.rename(out)
+        sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -413,36 +415,44 @@ def split_of(index: int) -> str:
 def _fill(folder: Path, count: int, size: int, seed: int, on_progress: Callable[[int], None] | None) -> None:
     """Write the files of a data set into `folder`."""
     facts = {"count": count, "size": size, "seed": seed, "channels": ", ".join(CHANNELS)}
-    (folder / "README.txt").write_text(README.format(**facts), encoding="utf-8")
-    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(COLUMNS)
-        for index in range(count):
-            case = phantom(index, size, seed)
-            name = f"phantom_{index:05d}"
-            image, mask = f"images/{name}.nii.gz", f"masks/{name}_mask.nii.gz"
-            write_nifti(folder / image, case.pixels)
-            write_nifti(folder / mask, case.mask)
-            label = "diseased" if case.size > 0 else "healthy"
-            table.writerow((image, mask, ";".join(CHANNELS), f"{case.size:.6f}", label, name, split_of(index)))
-            if on_progress is not None:
-                on_progress(index + 1)
+    write_safely(folder / "README.txt", README.format(**facts).encode())
+    manifest = io.StringIO()
+    table = csv.writer(manifest, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for index in range(count):
+        case = phantom(index, size, seed)
+        name = f"phantom_{index:05d}"
+        image, mask = f"images/{name}.nii.gz", f"masks/{name}_mask.nii.gz"
+        write_nifti(folder / image, case.pixels)
+        write_nifti(folder / mask, case.mask)
+        label = "diseased" if case.size > 0 else "healthy"
+        table.writerow((image, mask, ";".join(CHANNELS), f"{case.size:.6f}", label, name, split_of(index)))
+        if on_progress is not None:
+            on_progress(index + 1)
+    write_safely(folder / "manifest.csv", manifest.getvalue().encode())
 
 
 def write_nifti(path: Path, rows: np.ndarray) -> None:
-    """Write [S, S] as [X, Y, 1] or [C, S, S] as [X, Y, 1, C]: x to the patient's right, y to the front, in mm."""
-    from nibabel import loadsave, nifti1  # here, because only writing files needs it
+    """Write a slice as NIfTI, see `nifti`; compressed if the name ends so."""
+    data = nifti(rows)
+    write_safely(path, gzip.compress(data, 1, mtime=0) if path.suffix == ".gz" else data)
+
+
+def nifti(rows: np.ndarray) -> bytes:
+    """Return a NIfTI file: [S, S] as [X, Y, 1], [C, S, S] as [X, Y, 1, C]; x to the patient's right, y to the front."""
+    from nibabel import nifti1  # here, because only writing files needs it
 
     voxel = FIELD_OF_VIEW / rows.shape[-1]
     flipped = np.moveaxis(rows[..., ::-1, ::-1], (-1, -2), (0, 1))
     affine = np.diag([voxel, voxel, voxel, 1.0])
     affine[:2, 3] = -voxel * (rows.shape[-1] - 1) / 2
     make: Any = nifti1.Nifti1Image  # untyped in nibabel
-    nifti = make(np.ascontiguousarray(flipped[:, :, None]), affine)
-    nifti.header.set_xyzt_units("mm")
-    nifti.set_sform(affine, code="scanner")
-    nifti.set_qform(affine, code="scanner")
-    loadsave.save(nifti, path)
+    image = make(np.ascontiguousarray(flipped[:, :, None]), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    data: bytes = image.to_bytes()
+    return data
 
 
 def _check(index: int, size: int, seed: int, relative_size: float | None) -> None:

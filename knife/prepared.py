@@ -162,7 +162,7 @@ def mapped(folder: Path, form: Form) -> Loaded:
         ]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{folder}: this prepared data set is damaged; remove the folder, it is made anew.") from error
-    return Loaded(cases, skipped)
+    return Loaded(cases, skipped, {*index.get("passing", [])})
 
 
 def tensor(file: Path, shape: list[int]) -> Tensor:

@@ -60,7 +60,7 @@ def write_report(translations: Sequence[Translation], path: Path) -> None:
     Raises:
         DiskError: if the disk refuses.
     """
-    with refusing_disk(path.parent):
+    with refusing_disk("-o", path.parent):
         write_safely(path, report(translations))
 
 

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from knife import __version__
 from knife.checkpoint import read_about, read_tensors, ready, save, seal, write_safely
-from knife.errors import DiskError, ModelError, SettingsError
+from knife.errors import DiskError, ModelError, SettingsError, UnreadableError
 from knife.files import sync
 from knife.image import PERCENTILES
 from knife.job import BANDS, Job, Run
@@ -48,6 +48,8 @@ class State:
     usual: Tensor = field(default_factory=lambda: torch.zeros(BANDS, dtype=torch.float64))  # a task's loss by level
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=AVERAGED))  # the last finite ones
     history: list[dict[str, Any]] = field(default_factory=list)  # what has happened that changed how it goes on
+    bad: list[str] = field(default_factory=list)  # hashes of the names of images that are left out since they went bad
+    checksums: dict[int, int] = field(default_factory=dict)  # of the examples, as they were first drawn; never stored
 
 
 class Found(NamedTuple):
@@ -116,11 +118,14 @@ def newest(run: Run, warn: Warn) -> Found | None:
 
     Raises:
         DiskError: if there are states, but all are damaged.
+        UnreadableError: if the disk refuses to read one, which may be whole.
     """
     damaged = dict[Path, str]()
     for path in filter(os.path.lexists, (resume_path(run), path_before(run))):
         try:
             found = Found(path, read_about(path), read_tensors(path))
+        except UnreadableError:
+            raise
         except ModelError as error:
             damaged[path] = str(error)
             continue
@@ -206,7 +211,7 @@ def fill(state: State, about: Mapping[str, Any], stored: Mapping[str, Tensor]) -
     state.step, state.skipped = int(about["step"]), int(about.get("skipped", 0))
     state.in_a_row, state.told = int(about.get("in_a_row", 0)), int(about.get("told", 0))
     state.seconds = float(about.get("seconds", 0.0))
-    state.history = list(about.get("history", []))
+    state.history, state.bad = list(about.get("history", [])), list(about.get("bad", []))
     state.usual.copy_(stored.get("usual", state.usual))
     state.losses.extend(stored.get("losses", torch.zeros(0)).tolist())
     state.ema.n_averaged.fill_(state.step - state.skipped)
@@ -226,7 +231,7 @@ def commit(state: State, job: Job) -> None:
     Raises:
         DiskError: if the disk refuses; what was there is kept.
     """
-    also = {"in_a_row": state.in_a_row, "told": state.told, "environment": environment(job)}
+    also = {"in_a_row": state.in_a_row, "told": state.told, "environment": environment(job), "bad": state.bad}
     about = {**record(state, job), **also, "files": dict(job.inventory)}
     save(resume_path(job.run), tensors_of(state), about, path_before(job.run))
 
@@ -244,6 +249,7 @@ def tensors_of(state: State) -> dict[str, Tensor]:
 def record(state: State, job: Job) -> dict[str, Any]:
     """Return how far a run is, with which settings, and what has happened to it."""
     counts = {"step": state.step, "skipped": state.skipped, "seconds": round(state.seconds, 3)}
+    counts |= {"left_out": len(state.bad)} if state.bad else {}
     return {"settings": job.settings, **counts, **({"history": state.history} if state.history else {})}
 
 
@@ -251,7 +257,12 @@ def environment(job: Job) -> dict[str, Any]:
     """Return what the last bits of a result depend on beside the settings."""
     device = job.run.device
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    return {"torch": torch.__version__, "device": f"{device.split(':')[0]} {name}", "processes": job.team.count}
+    return {
+        "torch": torch.__version__,
+        "device": f"{device.split(':')[0]} {name}",
+        "processes": job.team.count,
+        "deterministic": job.run.deterministic,
+    }
 
 
 def origin(job: Job) -> dict[str, Any]:
@@ -267,6 +278,7 @@ def origin(job: Job) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": job.run.device,
+        "deterministic": job.run.deterministic,
     }
 
 
@@ -294,11 +306,14 @@ def log_path(run: Run) -> Path:
 
 
 class Log:
-    """Loss and speed as JSON lines, one for every twenty steps, and for TensorBoard if its writer is given."""
+    """Loss and speed as JSON lines, one for every twenty steps, and for TensorBoard if its writer is given.
 
-    def __init__(self, job: Job, state: State, writer: Any = None) -> None:
+    A training goes on if its log cannot be written: `warn` hears of it, and it is tried again, at the end too.
+    """
+
+    def __init__(self, job: Job, state: State, writer: Any, warn: Warn) -> None:
         board, self.batch = job.run.path.parent / "tensorboard" / job.run.path.stem, job.run.batch
-        self.path = log_path(job.run)
+        self.path, self.warn, self.behind = log_path(job.run), warn, False
         self.lines = earlier_lines(self.path, state.step)
         self.since = (state.step, state.seconds)  # of this run, at the last line
         self.board = writer(str(board), purge_step=state.step + 1) if writer else None
@@ -323,14 +338,22 @@ class Log:
             values["loss"] = mean(list(state.losses)[bad - LOG_EVERY :])
         speed = (state.step - step) * self.batch / max(state.seconds - seconds, 1e-9)
         values["images_per_second"] = round(speed, 2)
-        return values | ({"skipped": bad} if bad else {})
+        return values | ({"skipped": bad} if bad else {}) | ({"left_out": len(state.bad)} if state.bad else {})
 
     def write(self) -> None:
         """Write the log, whole."""
-        write_safely(self.path, "".join(f"{line}\n" for line in self.lines).encode())
+        try:
+            write_safely(self.path, "".join(f"{line}\n" for line in self.lines).encode())
+            self.behind = False
+        except DiskError as error:
+            if not self.behind:
+                self.warn(f"{error} The training goes on without a log.")
+            self.behind = True
 
     def close(self) -> None:
-        """Let TensorBoard write what it still holds."""
+        """Write what could not be written before, and let TensorBoard write what it still holds."""
+        if self.behind:
+            self.write()
         if self.board:
             self.board.close()
 

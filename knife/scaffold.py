@@ -8,6 +8,7 @@ from string import Template
 from tempfile import TemporaryDirectory
 
 from knife.errors import InputError, SettingsError
+from knife.files import make_folder, sync, write_safely
 from knife.tasks import NAME, RESERVED, names
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -35,12 +36,12 @@ def new_plugin(name: str, folder: Path) -> Path:
         raise InputError(f"{package}: exists already; choose another name or folder, or remove it.")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--folder {folder}: a file; give a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with TemporaryDirectory(dir=folder, prefix=".knife-") as partial:
         for source, place in PLACES.items():
             path = Path(partial, "package", Template(place).substitute(name=name))
-            path.parent.mkdir(parents=True, exist_ok=True)
             text = (TEMPLATE / source).read_text(encoding="utf-8")
-            path.write_text(Template(text).substitute(name=name), encoding="utf-8")
+            write_safely(path, Template(text).substitute(name=name).encode())
         Path(partial, "package").rename(package)
+        sync(folder)
     return package

@@ -223,7 +223,7 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
         "slices": list(said.values()),
         "failed": sorted({*failed, *stack.refused}),
     }
-    with refusing_disk(files.record.parent):
+    with refusing_disk("-o", files.record.parent):
         volume.write(result, files.image, dtype)
         volume.write(whole.like(difference), files.difference)
         write_safely(files.panel, draw(done[most]))

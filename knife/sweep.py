@@ -62,7 +62,7 @@ def sweep(
         rows[-1] += results
     progress(len(cells), len(cells))
     file = out / f"{safe(Path(image).name.split('.')[0])}_{task}_sweep.png"
-    with refusing_disk(out):
+    with refusing_disk("-o", out):
         write_safely(file, sheet(rows))
     return rows, file
 

@@ -17,6 +17,7 @@ with --spare-judge learns from the other half.
 import copy
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from knife.balance import Strata
 from knife.checkpoint import describe, read_tensors, save, write_safely
 from knife.convolution import forget
-from knife.devices import enough_memory, precision, ran_out_of_memory
-from knife.errors import DiskError, DivergedError, ModelError, SettingsError
+from knife.data import short_hash
+from knife.devices import deterministic, enough_memory, precision, ran_out_of_memory
+from knife.errors import DiskError, DivergedError, InputError, ModelError, SettingsError
 from knife.files import remove_left_behind
 from knife.job import (
     BANDS,
@@ -40,6 +42,8 @@ from knife.job import (
     NETWORK,
     NOISE,
     PARTS,
+    PREPARED,
+    Example,
     Job,
     Run,
     generator,
@@ -50,7 +54,7 @@ from knife.job import (
     stacked,
     which_half,
 )  # fmt: skip
-from knife.lock import locked
+from knife.lock import models_locked
 from knife.ranks import Team, processes, team
 from knife.resume import Log, State, commit, mean, origin, record, start, tensorboard, tensors_of
 from knife.sheets import measured, samples, sheet_of
@@ -125,7 +129,7 @@ def train(run: Run, watch: Watch, stop: Callable[[], bool] = lambda: False) -> i
 
     Raises:
         SettingsError: if an earlier run used other settings or data (the message lists the differences).
-        InputError: if the data cannot be used.
+        InputError: if the data cannot be used, or an image goes bad on the way.
         ModelError: if there is a state to resume from, and not of such a run.
         DiskError: if the disk is full or refuses, no state is whole, or another process trains this model.
         DivergedError: if the loss is not finite again and again.
@@ -134,7 +138,7 @@ def train(run: Run, watch: Watch, stop: Callable[[], bool] = lambda: False) -> i
     """
     if run.batch < processes():
         raise SettingsError(f"--batch-size {run.batch}: {processes()} processes share a batch; give one image each.")
-    with team(run.device) as mine, alone(run, mine):
+    with team(run.device) as mine, alone(run, mine), deterministic(run.deterministic):
         writer = tensorboard() if run.tensorboard and mine.first else None
         watch = watch if mine.first else Unwatched()
         with mine.after_the_first():
@@ -142,8 +146,8 @@ def train(run: Run, watch: Watch, stop: Callable[[], bool] = lambda: False) -> i
         with enough_memory(run.device, f"a batch of {run.batch} in parts of {run.at_once} does", more_memory(run)):
             with mine.after_the_first():
                 state = start(job, watch.warned)
-            job = introduced(state, job, watch)
-            with closing(Log(job, state, writer)) as log:
+            job = introduced(state, replace(job, without=left_out(state, job)), watch)
+            with closing(Log(job, state, writer, watch.warned)) as log:
                 walk(state, job, log, watch, stop)
     return state.step
 
@@ -156,7 +160,7 @@ def alone(run: Run, mine: Team) -> Iterator[None]:
         return
     folder = run.path.parent
     refuse_full_disk(folder, 0)
-    with locked(folder / f".{run.path.stem}.lock", f"{run.path}", run.steal_lock):
+    with models_locked(run.path, steal=run.steal_lock):
         remove_left_behind(folder)
         yield
 
@@ -176,6 +180,7 @@ def walk(state: State, job: Job, log: Log, watch: Watch, stop: Callable[[], bool
     """Take all steps that are left, or until one of several processes shall stop, and keep what comes of them."""
     run, kept, failed = job.run, last_kept(state, job), 0
     while state.step < run.steps and not job.team.total(stop()):
+        job = sound(state, job, watch)
         loss, job = fitting(job, state, watch, partial(train_step, state))
         log.step(state, loss)
         watch.step(state.step, loss)
@@ -189,6 +194,41 @@ def walk(state: State, job: Job, log: Log, watch: Watch, stop: Callable[[], bool
                 watch.warned(f"step {state.step} is not saved: {error} The next try comes {run.every} steps later.")
     if state.step != kept:
         keep(state, job, log, watch)
+
+
+def sound(state: State, job: Job, watch: Watch) -> Job:
+    """Look whether the images of the next step are as they were when first drawn; return the job without the others.
+
+    Raises:
+        InputError: if one is not, and --skip-bad is not given.
+    """
+    for i in {*batch_of(state.step, job.run, len(job.examples), job.strata)} - job.without:
+        found, known = checksum(job.examples[i]), state.checksums.get(i)
+        state.checksums.setdefault(i, found)
+        if known in (None, found):
+            continue
+        why = f"{job.names[i]}: its decoded copy has changed on the disk since step {state.step} or before"
+        if not job.run.skip_bad:
+            raise InputError(
+                f"{why}; remove {job.run.models / PREPARED}, it is made anew, and the same command resumes, "
+                "or go on without such images by --skip-bad."
+            )
+        state.bad.append(short_hash(job.names[i]))
+        state.history.append({"step": state.step, "what": "an image went bad and is left out"})
+        watch.warned(f"{why}; it is left out from now on, and the others come as they would have.")
+    return replace(job, without=left_out(state, job))
+
+
+def checksum(example: Example) -> int:
+    """Return a checksum of an image and its label."""
+    image, label = (tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data for tensor in example)
+    return zlib.crc32(label, zlib.crc32(image))
+
+
+def left_out(state: State, job: Job) -> frozenset[int]:
+    """Return which examples are drawn and not learnt from."""
+    bad = {*state.bad}
+    return frozenset(i for i, name in enumerate(job.names) if short_hash(name) in bad) if bad else frozenset()
 
 
 def last_kept(state: State, job: Job) -> int:
@@ -304,24 +344,28 @@ def backward(net: nn.Module, step: int, job: Job, usual: Tensor | None = None) -
         usual: of a task, the usual size of the loss in each band of noise levels, which is brought up to date.
     """
     run, loss = job.run, loss_of(job.task, job.card.schedule)
-    x0, labels = stacked([job.examples[i] for i in batch_of(step, run, len(job.examples), job.strata)])
+    drawn = batch_of(step, run, len(job.examples), job.strata)
+    x0, labels = stacked([job.examples[i] for i in drawn])
+    good = torch.tensor([i not in job.without for i in drawn])
+    count = int(good.sum())
     level, eps = draw(run, step, x0, job.card.schedule.T)
     own = seed_of(run.drawn_from, step, NETWORK) ^ job.team.number << 48
     torch.manual_seed(own)  # for networks that draw on their own, as dropout does
-    total = 0.0
-    for band, rows in bands_of(level, job):
+    total = 0.0 if count else math.nan  # a step without any image is skipped
+    for band, places in bands_of(level, job):
+        rows = places[good[places]]
         weight, found = 1.0 if usual is None else weight_of(usual, band), 0.0
         for part in filter(len, job.team.part(rows).split(run.at_once)):
             x, label, k, e = (tensor[part].to(run.device) for tensor in (x0, labels, level, eps))
             x = x.to(memory_format=torch.channels_last)
             with precision(run.device):
-                value = loss(net, x, label, k, e) * len(part) / len(x0)
+                value = loss(net, x, label, k, e) * len(part) / count
             torch.autograd.backward(weight * value)
             found += value.item()
         found = job.team.total(found)
         total += found
-        if usual is not None and math.isfinite(found):
-            size = abs(found) * len(x0) / len(rows)
+        if usual is not None and math.isfinite(found) and len(rows):
+            size = abs(found) * count / len(rows)
             usual[band] += (1 - USUAL if usual[band] else 1.0) * (size - usual[band])
     job.team.add_gradients(net)
     return total

@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import CONFIGS, SCHEDULE, SIZE, TINY
+from test_lock import holder
 from torch import Tensor, nn
 
 import knife.calibrate
@@ -30,7 +31,7 @@ from knife.calibrate import (
     store,
 )
 from knife.checkpoint import Card, describe, digest, file_name, read_about, read_tensors, save
-from knife.errors import InputError, ModelError, SamplingError, SettingsError, TaskError
+from knife.errors import DiskError, InputError, LockedError, ModelError, SamplingError, SettingsError, TaskError
 from knife.layouts import Entry, Folder
 from knife.phantom import write_dataset
 from knife.schedule import Schedule
@@ -277,7 +278,23 @@ def test_what_cannot_be_calibrated_is_refused(models, data, images, tmp_path, mo
     monkeypatch.setattr(knife.calibrate, "STARTER", models)
     refused(ModelError, "brain is shipped with knife, copy ", models=tmp_path)
     monkeypatch.setattr(knife.calibrate, "room", lambda folder: 1000)
-    refused(ModelError, "MiB are free")
+    refused(DiskError, "MiB are free")
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of forks where there are threads
+def test_models_that_are_being_trained_or_cannot_be_written_are_not_calibrated(models, data, monkeypatch):
+    with holder(models / "brain" / ".classify.lock") as child:
+        with pytest.raises(LockedError, match=rf"classify\.safetensors is in use by process {child} on ") as refusal:
+            calibrate("brain", data, models=models, device="cpu")
+        assert refusal.value.exit_code == 4
+    (models / "brain" / ".classify.lock").unlink()  # by which a killed holder is known
+
+    def refuse(folder):
+        raise PermissionError(13, "no folder that can be written to", str(folder))
+
+    monkeypatch.setattr(knife.calibrate, "room", refuse)
+    with pytest.raises(DiskError, match="brain: cannot be written to; copy the models, and give --models"):
+        calibrate("brain", data, models=models, device="cpu")
 
 
 def test_images_without_labels_are_refused(models, images, tmp_path):

@@ -1,9 +1,10 @@
 """Stored models come back as they were, damaged ones are refused by name, a write that fails leaves the old file."""
 
+import io
 import json
 import os
 import struct
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from knife.checkpoint import (
     save,
     stored_models,
 )
-from knife.errors import DiskError, KnifeError, ModelError, TaskError
+from knife.errors import DiskError, KnifeError, ModelError, TaskError, UnreadableError
 from knife.schedule import Schedule
 from knife.spec import ImageSpec
 from knife.unet import Architecture
@@ -66,9 +67,37 @@ def test_a_card_is_the_same_after_json() -> None:
     assert Card.from_json(json.loads(json.dumps(CARD.to_json()))) == CARD
 
 
+def test_the_card_of_a_calibrated_judge_is_the_same_after_json() -> None:
+    card = replace(CARD, kind="regress", calibration={"levels": [0, 100]}, judge=True)
+    values = json.loads(json.dumps(card.to_json()))
+    assert Card.from_json(values) == card
+    assert values["schedule"] == {"kind": "cosine", "T": 200, "digest": CARD.schedule.digest}
+
+
 def test_a_card_without_details_is_the_same_after_json() -> None:
     card = Card("regress", "x", SPEC, Schedule())
-    assert Card.from_json(json.loads(json.dumps(card.to_json()))) == card
+    values = json.loads(json.dumps(card.to_json()))
+    assert Card.from_json(values) == card
+    del values["calibration"], values["judge"]  # of a time when there was neither
+    assert Card.from_json(values) == card
+    assert (card.calibration, card.judge) == ({}, False)
+
+
+@pytest.mark.parametrize(
+    ("record", "name"), [(CARD, "kind"), (Stored(Path("x"), CARD), "path")], ids=["card", "stored"]
+)
+def test_what_was_read_stays_as_it_was(record: object, name: str) -> None:
+    with pytest.raises(FrozenInstanceError):
+        setattr(record, name, "other")
+
+
+def test_the_shipped_models_are_whole() -> None:
+    """They were written by an earlier knife, so that this also tells whether files still mean what they meant."""
+    found = stored_models(checkpoint.STARTER)
+    assert {stored.card.kind for stored in found} >= {"diffusion", "regress"}
+    for stored in found:
+        weights = checkpoint.read_tensors(stored.path)
+        assert sum(tensor.numel() for tensor in weights.values()) > 1000
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "regress", "classify", "segment"])
@@ -100,11 +129,28 @@ def test_the_same_model_makes_the_same_file(tmp_path: Path) -> None:
 
 def test_tensors_that_share_memory_are_stored(tmp_path: Path) -> None:
     tied = torch.randn(4, 4)
-    save(tmp_path / "tied", {"a": tied, "b": tied, "c": tied.t(), "d": tied[0], "e": torch.tensor(3)}, {})
+    learned = torch.nn.Parameter(tied)
+    save(tmp_path / "tied", {"a": learned, "b": tied, "c": tied.t(), "d": tied[0], "e": torch.tensor(3)}, {})
     back = checkpoint.read_tensors(tmp_path / "tied")
     assert torch.equal(back["b"], tied)
     assert torch.equal(back["c"], tied.t())
     assert back["e"].shape == ()
+
+
+def test_a_checksum_does_not_depend_on_the_order_of_things() -> None:
+    one, other = torch.ones(2), torch.zeros(2, 2)
+    first = checkpoint.seal({"a": 1, "b": {"c": 2, "d": 3}}, {"x": one, "y": other})
+    assert checkpoint.seal({"b": {"d": 3, "c": 2}, "a": 1, "sha256": "x"}, {"y": other, "x": one}) == first
+    changed = [({"x": other, "y": one}, 1), ({"x": one, "y": other.flatten()}, 1), ({"x": one, "y": other.int()}, 1)]
+    for tensors, a in [*changed, ({"x": one, "y": other}, 2)]:
+        assert checkpoint.seal({"a": a, "b": {"c": 2, "d": 3}}, tensors) != first
+
+
+def test_weights_lie_as_convolutions_like_them(tmp_path: Path) -> None:
+    store(tmp_path / "x")
+    shapes = [p for p in load_model(tmp_path / "x").parameters() if p.ndim == 4 and min(p.shape) > 1]
+    assert shapes
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in shapes)
 
 
 def test_files_without_a_checksum_are_refused(tmp_path: Path) -> None:
@@ -176,6 +222,63 @@ def test_missing_files_folders_and_fifos_are_refused(tmp_path: Path) -> None:
         digest(tmp_path / "gone")
 
 
+@pytest.mark.parametrize("when", ["open", "get_tensor"])
+def test_what_the_disk_refuses_to_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path = tmp_path / "diffusion.safetensors"
+    store(path)
+
+    class Broken:
+        def __enter__(self) -> "Broken":
+            raise OSError(5, "Input/output error")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    with monkeypatch.context() as patch:
+        if when == "open":
+            patch.setattr(Path, "open", lambda *_: Broken())
+        else:
+            patch.setattr(checkpoint, "safe_open", lambda *_: Broken())
+        with pytest.raises(UnreadableError, match=r"cannot be read \(Input/output error\); .* try again") as refusal:
+            load_model(path)
+        assert refusal.value.exit_code == 4
+    load_model(path)
+
+
+def test_a_file_that_opens_but_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if size:
+                raise OSError(5, "Input/output error")
+            return b""
+
+    path = tmp_path / "diffusion.safetensors"
+    store(path)
+    monkeypatch.setattr(Path, "open", lambda *_: Broken())
+    with pytest.raises(UnreadableError, match=r"cannot be read \(Input/output error\)"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_is_not_called_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    path = tmp_path / "diffusion.safetensors"
+    store(path)
+
+    def full(*_: object) -> None:
+        raise error
+
+    for place, name in ((checkpoint, "safe_open"), (Card, "build")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            with pytest.raises(type(error)):
+                load_model(path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"card"', "null", "[" * 100_000, '{"format": 1}', "{}"])
 def test_wrong_json_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "wrong.safetensors"
@@ -192,8 +295,11 @@ def test_a_card_of_a_later_format_asks_for_a_later_knife(tmp_path: Path) -> None
 @pytest.mark.parametrize("wrong", [None, 3, "text", [], {}, [1, 2, 3], {"kind": 1}, -1, 1e300, True])
 @pytest.mark.parametrize(
     "name",
-    ["kind", "dataset", "spec", "schedule", "config", "spec.size", "spec.unet", "spec.unet.mult", "spec.channels"],
-)
+    [
+        "kind", "dataset", "spec", "schedule", "config", "guidance", "training", "spec.size", "spec.unet",
+        "spec.unet.mult", "spec.channels",
+    ],
+)  # fmt: skip
 def test_a_card_of_wrong_values_is_refused(tmp_path: Path, name: str, wrong: object) -> None:
     path = tmp_path / "card.safetensors"
     values = json.loads(json.dumps(CARD.to_json()))
@@ -201,7 +307,7 @@ def test_a_card_of_wrong_values_is_refused(tmp_path: Path, name: str, wrong: obj
     place = values
     for key in outer:
         place = place[key]
-    if (name, wrong) in (("config", {}), ("config", {"kind": 1}), ("dataset", "text")):
+    if (name, wrong) == ("dataset", "text") or (name in ("config", "guidance", "training") and isinstance(wrong, dict)):
         return  # nothing is wrong about these
     place[last] = wrong
     save(path, CARD.build().state_dict(), values)
@@ -213,6 +319,25 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save(path, replace(CARD, kind="segment").build().state_dict(), CARD.to_json())
     assert "do not fit its card" in refused(path)
+
+
+def test_a_card_that_asks_for_more_weights_than_there_are_gets_no_memory_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "wide.safetensors"
+    weights = CARD.build().state_dict()
+    count = sum(tensor.numel() for tensor in weights.values())
+    save(path, weights, replace(CARD, spec=replace(SPEC, unet=replace(TINY, width=4096))).to_json())
+    assert f"do not fit its card, {count} instead of " in refused(path)
+
+
+def test_a_network_that_cannot_be_built_is_refused_on_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    save(path, {}, CARD.to_json())
+
+    def build(card: Card) -> torch.nn.Module:
+        raise RuntimeError("no\n  such network: " + "y" * 182 + "xz")
+
+    monkeypatch.setattr(Card, "build", build)
+    assert refused(path).endswith(f"do not fit its card: no such network: {'y' * 182}x.")
 
 
 def test_a_training_state_is_no_model(tmp_path: Path) -> None:
@@ -258,6 +383,11 @@ def test_stored_models_are_sorted_and_training_states_left_out(tmp_path: Path) -
     assert stored_models(tmp_path / "gone") == []
 
 
+def test_the_name_of_a_file_tells_a_judge() -> None:
+    assert file_name("segment") == file_name("segment", False) == "segment.safetensors"
+    assert file_name("segment", judge=True) == "segment.judge.safetensors"
+
+
 def test_judges_are_listed_with_the_guides_and_stay_judges(tmp_path: Path) -> None:
     for judge in (False, True):
         card = replace(CARD, kind="segment", judge=judge)
@@ -287,6 +417,7 @@ DIFFERENT = {
     "schedule cosine of 100 levels against cosine of 200 levels": replace(CARD, schedule=Schedule("cosine", 100)),
     "channels flair, t1 against t1, flair": replace(CARD, spec=replace(SPEC, channels=("flair", "t1"))),
     "size 16 x 32 against 16 x 16": replace(CARD, spec=replace(SPEC, size=(16, 32))),
+    "images cropped against padded": replace(CARD, spec=replace(SPEC, crop=True)),
     "value range 0.0 to 1.0 against -1.0 to 1.0": replace(CARD, spec=replace(SPEC, value_range=(0.0, 1.0))),
 }
 

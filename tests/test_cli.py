@@ -22,7 +22,9 @@ import PIL.Image
 import pytest
 import torch
 from conftest import TINY, Done
+from test_lock import holder
 
+import knife.files
 import knife.train
 from knife import __version__, cli, demo, doctor, pairs, spec, translation
 from knife.checkpoint import Card, describe
@@ -42,6 +44,7 @@ from knife.errors import (
     SettingsError,
     TargetError,
     TaskError,
+    UnreadableError,
 )
 from knife.image import read
 from knife.interop import foreign_names, foreign_shape
@@ -201,6 +204,15 @@ def test_models_import(run, foreign, tmp_path):
     again = run(*arguments)
     assert again.code == 2
     assert "models/faces/diffusion.safetensors is there already" in again.err
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of forks where there are threads
+def test_a_model_that_is_being_trained_is_not_imported_over(run, foreign, tmp_path):
+    with holder(tmp_path / "models" / "toy" / ".diffusion.lock") as child:
+        done = run("models", "import", foreign, "--name", "toy", "--preset", "tiny")
+    assert (done.code, done.out) == (4, "")
+    assert f"diffusion.safetensors is in use by process {child} on " in done.err
+    assert not [*tmp_path.rglob("*.safetensors")]
 
 
 def test_models_import_without_a_preset(run, foreign, tmp_path):
@@ -603,7 +615,8 @@ def test_without_room_for_a_report_the_bug_is_told_all_the_same(run, monkeypatch
 
 CODES = {  # of every error that may reach the command line: what the README says
     InputError("a."): 2, TargetError("a."): 2, TaskError("a."): 2, ModelError("a."): 2, SettingsError("a."): 2,
-    DiskError("a."): 4, LockedError("a."): 4, SamplingError("a."): 6, DivergedError("a."): 6, OpsError("a."): 2,
+    UnreadableError("a."): 4, DiskError("a."): 4, LockedError("a."): 4, SamplingError("a."): 6,
+    DivergedError("a."): 6, OpsError("a."): 2,
     DeviceError("a."): 2, MemoryShortError("a."): 5, OSError(28, "No space left on device", "x"): 4,
     PermissionError(13, "Permission denied", "x"): 4, MemoryError(): 5, torch.OutOfMemoryError("CUDA"): 5,
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"): 5, RuntimeError("other"): 1,
@@ -628,6 +641,31 @@ def test_every_kind_of_error_is_in_the_table():
     for kind in kinds:
         kinds += kind.__subclasses__()
     assert set(kinds) - {type(error) for error in CODES} == {KnifeError, ApartError}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("translate", "slice.nii", "--task", "regress", "--target", "0.3", "-o", "out"),
+        ("evaluate", "brain", "--data", ".", "--task", "regress", "--targets", "0.3", "-o", "out"),
+        ("demo", "--folder", "out"),
+        ("calibrate", "brain", "--data", "."),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_results_that_cannot_be_written_are_exit_code_4_and_no_folder_is_2(
+    run, images, shipped, models, monkeypatch, tmp_path, arguments
+):
+    shutil.copy(images / "slice.nii", tmp_path)
+    shutil.copytree(models, tmp_path / "models")
+    with monkeypatch.context() as patch:
+        patch.setattr(knife.files.os, "access", lambda path, mode: not mode & os.W_OK)
+        done = run(*arguments)
+    assert (done.code, done.out, done.err.count("\n")) == (4, "", 1)
+    if "out" in arguments:
+        (tmp_path / "out").write_text("a file")
+        assert run(*arguments).code == 2
+        assert (tmp_path / "out").read_text() == "a file"
 
 
 def test_the_readme_tells_the_exit_codes():

@@ -4,6 +4,7 @@ import errno
 import inspect
 import json
 import os
+import resource
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ SAVES = 4
 MUTANTS = {  # what is left out -> the line of knife/files.py, and what stands there instead
     "sync of the file": ("            os.fsync(fd)\n        if before", "        if before"),
     "sync of the folder": ("        raise\n    sync(path.parent)", "        raise"),
-    "sync of new folders": ("        os.mkdir(folder)\n    sync(folder.parent)", "        os.mkdir(folder)"),
+    "sync of new folders": ("            raise\n    sync(folder.parent)", "            raise"),
     "a temporary file": ("        os.replace(temporary, path)\n", ""),
     "keeping the old one": ("os.replace(path, before)", "os.unlink(path)"),
     "syncing before renaming": (
@@ -145,6 +146,24 @@ def in_child(work: Callable[[], None]) -> int:
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # as below
+def test_a_file_that_may_not_grow_so_far_leaves_the_state_before(tmp_path: Path) -> None:
+    """The system's own limit, as quotas have it: the write is cut short, and then refused (EFBIG)."""
+    run = a_run(tmp_path)
+    put(run, 1)
+
+    def too_large() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            save(resume_path(run), {"x": torch.zeros(9999)}, {"step": 2}, path_before(run))
+        except DiskError as error:
+            os._exit(4 if "File too large" in str(error) else 1)
+
+    assert in_child(too_large) == 4
+    assert recovered(run) == 1
+    assert [path.name for path in run.path.parent.iterdir()] == [resume_path(run).name]
 
 
 @pytest.mark.filterwarnings(

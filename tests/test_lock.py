@@ -14,7 +14,7 @@ import pytest
 
 from knife import lock
 from knife.errors import DiskError, LockedError
-from knife.lock import locked
+from knife.lock import locked, models_locked
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of forks where there are threads
 
@@ -69,7 +69,7 @@ def test_the_second_is_told_who_is_first(tmp_path: Path) -> None:
         for steal in (False, True):  # what is at work is never stolen from
             with pytest.raises(LockedError) as refusal, locked(path, "the model", steal):
                 pass
-            said = f"the model is being trained by process {child} on {socket.gethostname()}, since 20"
+            said = f"the model is in use by process {child} on {socket.gethostname()}, since 20"
             assert str(refusal.value).startswith(said)
             assert refusal.value.exit_code == 4
         assert json.loads(path.read_text())["pid"] == child
@@ -86,7 +86,7 @@ def test_a_dead_holder_frees_it_though_its_children_live(tmp_path: Path) -> None
 def test_in_the_end_nothing_is_left(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / ".x.lock"
     with locked(path, "it"):
-        assert elsewhere(lambda: try_it(path)).startswith("LockedError: the model is being trained by process ")
+        assert elsewhere(lambda: try_it(path)).startswith("LockedError: the model is in use by process ")
     assert not any(tmp_path.iterdir())
     with locked(path, "it"):
         (path.parent / "kept").touch()
@@ -130,7 +130,9 @@ def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(lock.fcntl, "lockf", refuse)
-    with pytest.raises(DiskError, match=r"\.x\.lock: cannot be locked \(") as refusal:
+    with pytest.raises(
+        DiskError, match=r"\.x\.lock: cannot be locked \(.*such a disk keeps no locks: give ano"
+    ) as refusal:
         try_it(tmp_path / ".x.lock")
     assert not isinstance(refusal.value, LockedError)
 
@@ -141,6 +143,34 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(DiskError):
         try_it(tmp_path / ".x.lock")
     assert (tmp_path / "other").read_text() == "kept"
+
+
+@pytest.mark.parametrize("above", ["", "more"])
+def test_a_folder_that_is_a_link_to_nowhere_is_refused(tmp_path: Path, above: str) -> None:
+    (tmp_path / "models").symlink_to("nowhere")
+    with pytest.raises(DiskError, match=r"\.x\.lock: cannot be locked \(File exists\); allow it"):
+        try_it(tmp_path / "models" / above / ".x.lock")
+
+
+def test_who_was_stolen_from_leaves_the_lock_to_the_thief(tmp_path: Path) -> None:
+    path = tmp_path / ".x.lock"
+    thiefs = json.dumps({"pid": 7, "host": "elsewhere", "since": "2026-01-01"})
+    with locked(path, "it"):
+        path.write_text(thiefs)  # as a process of another machine does, which the kernel's lock does not stop
+    assert path.read_text() == thiefs
+    path.unlink()
+
+
+def test_all_of_several_models_are_held_or_none(tmp_path: Path) -> None:
+    models = [tmp_path / f"{name}.safetensors" for name in ("diffusion", "regress", "regress.judge")]
+    with holder(tmp_path / ".regress.judge.lock") as child:
+        with pytest.raises(LockedError) as refusal, models_locked(*models):
+            pass
+        assert str(refusal.value).startswith(f"{models[2]} is in use by process {child} on ")
+        assert [path.name for path in tmp_path.iterdir()] == [".regress.judge.lock"]
+    with models_locked(*models):
+        assert len([*tmp_path.iterdir()]) == 3
+    assert not [*tmp_path.iterdir()]
 
 
 def test_without_fcntl_nothing_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,7 @@ from knife import checkpoint, files, resume, sheets, spec, train
 from knife import data as data_module
 from knife.balance import strata
 from knife.checkpoint import describe, load_model, read_about, read_tensors, stored_models
+from knife.devices import deterministic
 from knife.errors import (
     DiskError,
     DivergedError,
@@ -31,6 +34,7 @@ from knife.errors import (
     ModelError,
     SettingsError,
     TaskError,
+    UnreadableError,
 )
 from knife.job import Example, Job, Run, is_judges, loss_of, prepare, stacked
 from knife.layouts import recognise, split_of, write_split
@@ -271,6 +275,37 @@ def test_changed_settings_are_refused_with_the_difference(squares: Path, changed
     assert resume_path(run).read_bytes() == before
 
 
+def test_every_setting_is_either_free_or_must_be_the_same(tmp_path: Path) -> None:
+    """Free are those that change nothing but how far, how, and with what words a training goes."""
+    run = a_run(tmp_path)
+    free = {
+        "steps": 9, "every": 7, "device": "cuda:0", "accumulate": 2, "command": "knife", "tensorboard": True,
+        "accept_data": True, "steal_lock": True, "deterministic": True, "skip_bad": True,
+        "models": tmp_path / "other", "data": tmp_path / "moved",  # the images are compared by their content
+    }  # fmt: skip
+    fixed = {
+        "kind": "segment", "dataset": "other", "preset": "other", "batch": 8, "lr": 1.0, "ema": 0.5, "seed": 5,
+        "schedule": "cosine", "label": "side", "layout": "flat", "slices": (1, 5), "crop": True, "mask_labels": (1, 4),
+        "min_brain": 0.5, "nan": "fill=0", "synthetic": True, "balance": True, "cap": 3, "judge": True,
+        "spare_judge": True,
+    }  # fmt: skip
+    assert {*free, *fixed} == {one.name for one in fields(Run)}
+    for name, value in {**free, **fixed}.items():
+        stored = json.loads(json.dumps(run.settings()))
+        differences = resume.compare(stored, replace(run, **{name: value}).settings())
+        assert [words.split(":")[0] for words in differences] == ([name] if name in fixed else [])
+
+
+@pytest.mark.parametrize("free", [{"every": 1}, {"accumulate": 2}, {"command": "again"}, {"skip_bad": True}])
+def test_what_is_free_changes_no_bit(squares: Path, free: dict[str, Any]) -> None:
+    """But parts of a batch add up otherwise."""
+    whole, parts = a_run(squares, "whole"), a_run(squares, "parts", steps=4)
+    trained(whole)
+    trained(parts)
+    trained(replace(parts, steps=8, **free))
+    assert digest(whole) == digest(parts) or "accumulate" in free
+
+
 def test_changed_data_are_refused_with_counts(squares: Path) -> None:
     run = a_run(squares, steps=1)
     trained(run)
@@ -356,6 +391,31 @@ def test_no_whole_state_is_no_reason_to_begin_anew(squares: Path) -> None:
     assert run.path.read_bytes() == before
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_state_that_cannot_be_read_now_is_neither_set_aside_nor_passed_over(
+    squares: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The disk stumbles, or memory is short, at the newer state: nothing is believed of it, and nothing changes."""
+    whole, parts = a_run(squares, "whole", every=2), a_run(squares, "parts", every=2)
+    trained(whole)
+    trained(replace(parts, steps=4))
+    before, real = {path: path.read_bytes() for path in parts.path.parent.iterdir()}, checkpoint.safe_open
+
+    def stumbling(path: Path, framework: str) -> Any:
+        if path == resume_path(parts):
+            raise error
+        return real(path, framework)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "safe_open", stumbling)
+        with pytest.raises((UnreadableError, MemoryShortError)) as refusal:
+            trained(parts)
+    assert refusal.value.exit_code == (4 if isinstance(error, OSError) else 5)
+    assert {path: path.read_bytes() for path in parts.path.parent.iterdir()} == before
+    trained(parts)
+    assert digest(whole) == digest(parts)
+
+
 def test_a_damaged_model_is_written_anew(squares: Path) -> None:
     run = a_run(squares, steps=4, every=2)
     trained(run)
@@ -406,17 +466,23 @@ def test_changed_data_are_taken_on_request_and_recorded(squares: Path) -> None:
     assert "--accept" not in str(refusal.value)
 
 
-def test_other_versions_and_devices_are_said_and_recorded(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("what", "now", "said"),
+    [("torch", "9.9", "torch: 2."), ("device", "cuda H100", "device: cpu "), ("processes", 2, "processes: 1 then")],
+)
+def test_other_versions_and_devices_are_said_and_recorded(
+    squares: Path, monkeypatch: pytest.MonkeyPatch, what: str, now: Any, said: str
+) -> None:
     run = a_run(squares, steps=1)
     trained(run)
     assert trained(replace(run, steps=2)).warnings == []
     real = resume.environment
-    monkeypatch.setattr(resume, "environment", lambda job: {**real(job), "torch": "9.9"})
+    monkeypatch.setattr(resume, "environment", lambda job: {**real(job), what: now})
     (warning,) = trained(replace(run, steps=3)).warnings
-    assert "9.9 now): no longer bit for bit" in warning
+    assert f"{now} now): no longer bit for bit" in warning
     (note,) = describe(run.path).card.training["history"]
     assert note["step"] == 2
-    assert note["what"].startswith("torch: 2.")
+    assert note["what"].startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +621,7 @@ def test_three_saves_in_a_row_that_fail_end_the_run(squares: Path, monkeypatch: 
 def test_a_second_training_of_a_model_is_refused_and_of_another_is_not(squares: Path) -> None:
     run = a_run(squares, steps=1)
     with locked_elsewhere(run.path.with_name(".regress.lock")):
-        with pytest.raises(match=r"regress\.safetensors is being trained by process \d+ on"):
+        with pytest.raises(match=r"regress\.safetensors is in use by process \d+ on"):
             trained(run)
         trained(replace(run, kind="classify"))
     trained(run)
@@ -636,6 +702,218 @@ def test_other_failures_are_not_taken_for_memory(squares: Path, monkeypatch: pyt
     monkeypatch.setattr(train, "backward", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         trained(a_run(squares))
+
+
+# ------------------------------------------------------------------------------------------ what goes bad on the way
+
+
+def of_example(run: Run, name: str) -> tuple[Path, int]:
+    """Return the file that holds the decoded image of a name, and where in it."""
+    (index,) = run.models.glob(".prepared/*/index.json")
+    place = [one["name"] for one in json.loads(index.read_text())["cases"]].index(name)
+    return index.with_name("pixels.f32"), 4 * 16 * 16 * place
+
+
+class Spoiler(Witness):
+    """Flips a bit of a decoded image after some step, as a failing disk does."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        super().__init__()
+        self.run, self.at = run, step
+
+    def step(self, step: int, loss: float) -> None:
+        super().step(step, loss)
+        if step == self.at:
+            file, place = of_example(self.run, "images/03.png")
+            content = bytearray(file.read_bytes())
+            content[place + 99] ^= 1
+            with file.open("r+b") as disk:
+                disk.write(content)
+
+
+def test_an_image_that_is_deleted_on_the_way_is_not_missed(squares: Path) -> None:
+    """It was decoded before the first step; the next run refuses, and names it."""
+    whole, parts = a_run(squares, "whole"), a_run(squares, "parts", steps=4)
+    trained(whole)
+
+    class Deleting(Witness):
+        def step(self, step: int, loss: float) -> None:
+            super().step(step, loss)
+            (squares / "images/03.png").unlink(missing_ok=True)
+
+    kept = (squares / "images/03.png").read_bytes()
+    run_training(parts, Deleting())
+    with pytest.raises(InputError, match=r"1 of 48 files are not there \(images/03\.png\)"):
+        trained(replace(parts, steps=8))
+    (squares / "images/03.png").write_bytes(kept)
+    trained(replace(parts, steps=8))
+    assert digest(whole) == digest(parts)
+
+
+def test_an_image_that_goes_bad_on_the_way_ends_the_run_by_name(squares: Path) -> None:
+    whole, parts = (a_run(squares, name, steps=20, every=5) for name in ("whole", "parts"))
+    trained(whole)
+    spoiler = Spoiler(parts, 6)
+    with pytest.raises(InputError, match=r"images/03\.png: its decoded copy has changed.*\.prepared, .*--skip-bad"):
+        run_training(parts, spoiler)
+    assert 6 <= len(spoiler.steps) < 20
+    with pytest.raises(InputError, match="prepared data set is damaged; remove the folder"):
+        trained(parts)
+    shutil.rmtree(parts.models / ".prepared")
+    trained(parts)
+    assert digest(whole) == digest(parts)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "segment"])
+def test_an_image_that_goes_bad_is_left_out_on_request_and_the_others_come_as_ever(squares: Path, kind: str) -> None:
+    """One run does it in one go, the other is stopped after it, and resumes."""
+    runs = [a_run(squares, name, kind, steps=20, every=5, skip_bad=True) for name in ("whole", "parts")]
+    whole, first = Spoiler(runs[0], 6), Spoiler(runs[1], 6)
+    run_training(runs[0], whole)
+    run_training(runs[1], first, lambda: len(first.steps) == 15)
+    shutil.rmtree(runs[1].models / ".prepared")
+    second = trained(runs[1])
+    assert [*first.steps, *second.steps] == whole.steps
+    assert same(*map(state_of, runs))
+    for warnings in (whole.warnings, first.warnings):
+        (words,) = warnings
+        assert words.startswith("images/03.png: its decoded copy has changed on the disk since step ")
+    assert second.warnings == []
+    training = describe(runs[1].path).card.training
+    assert training["left_out"] == 1
+    assert [one["what"] for one in training["history"]] == ["an image went bad and is left out"]
+    assert "03.png" not in json.dumps(read_about(resume_path(runs[1])))  # no record tells names
+    lines = [json.loads(line) for line in runs[0].path.with_suffix(".log.jsonl").read_text().splitlines()]
+    assert [line.get("left_out") for line in lines] == [1]
+
+
+def test_an_image_left_out_changes_no_draw_of_the_others(squares: Path) -> None:
+    """Until it is drawn, the losses are those of a run in which it never went bad."""
+    whole, parts = a_run(squares, "whole", steps=20), a_run(squares, "parts", steps=20, skip_bad=True)
+    spoiler = Spoiler(parts, 6)
+    run_training(parts, spoiler)
+    step = describe(parts.path).card.training["history"][0]["step"]
+    assert 6 <= step < 20
+    assert spoiler.steps[:step] == trained(whole).steps[:step]
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "segment"])
+def test_the_gradient_is_that_of_the_images_that_are_left(squares: Path, kind: str) -> None:
+    job = prepare(a_run(squares, kind=kind))
+    drawn = batch_of(0, job.run, len(job.examples))
+    loss = loss_of(job.task, job.card.schedule)
+    x0, labels = stacked([job.examples[i] for i in drawn])
+    level, eps = train.draw(job.run, 0, x0, job.card.schedule.T)
+    net, without = job.card.build(), replace(job, without=frozenset(drawn[1:2]))
+    found = train.backward(net, 0, without)
+    gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    rows = torch.tensor([0, 2, 3])
+    value = loss(net, x0[rows], labels[rows], level[rows], eps[rows])
+    value.backward()  # type: ignore[no-untyped-call]
+    assert found == pytest.approx(value.item(), rel=1e-5)
+    for mine, p in zip(gradients, [p for p in net.parameters() if p.grad is not None], strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-6)
+    assert math.isnan(train.backward(net, 0, replace(job, without=frozenset(drawn))))  # a step to be skipped
+
+
+def test_an_image_that_the_disk_refused_once_is_a_change_when_it_is_read(
+    squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = a_run(squares, steps=1), data_module.decoded
+
+    def stumbling(path: Path, fill: float | None = None) -> Any:
+        if path.name == "03.png":
+            try:
+                raise OSError(5, "Input/output error")
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read") from error
+        return real(path, fill)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_module, "decoded", stumbling)
+        assert trained(run).budgets[0].skipped == {"images/03.png": f"{squares / 'images/03.png'}: cannot be read"}
+        trained(replace(run, steps=2))
+    with pytest.raises(SettingsError, match="data: 0 images added, 0 removed, 1 changed since step 2"):
+        trained(replace(run, steps=3))
+
+
+# -------------------------------------------------------------------------------------------------------- the same bits
+
+
+def settings_of_torch() -> tuple[Any, ...]:
+    cuda = torch.backends.cuda
+    return (
+        torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
+    )  # fmt: skip
+
+
+def gradients_twice(job: Job) -> list[list[Tensor]]:
+    """Return the gradients of the same step, taken twice in deterministic mode."""
+    torch.manual_seed(0)
+    net, found = job.card.build().to(job.run.device), []
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    with deterministic(True):
+        for _ in range(2):
+            net.zero_grad()
+            train.backward(net, 3, job)
+            found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "regress", "classify", "segment"])
+def test_a_step_has_the_same_gradients_twice(squares: Path, kind: str) -> None:
+    one, two = gradients_twice(prepare(a_run(squares, kind=kind)))
+    assert len(one) == len(two) > 10
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["diffusion", "regress", "classify", "segment"])
+def test_a_step_has_the_same_gradients_twice_on_a_gpu(squares: Path, kind: str) -> None:
+    one, two = gradients_twice(prepare(a_run(squares, kind=kind, device="cuda:0")))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    runs = [a_run(squares, name, kind, device="cuda:0", deterministic=True) for name in ("one", "two")]
+    for run in runs:
+        trained(run)
+    assert digest(runs[0]) == digest(runs[1])
+
+
+def test_deterministic_is_set_for_the_run_alone_and_recorded(squares: Path) -> None:
+    run, before, seen = a_run(squares, steps=2, deterministic=True), settings_of_torch(), []
+
+    class Looking(Witness):
+        def step(self, step: int, loss: float) -> None:
+            seen.append(settings_of_torch())
+
+    run_training(run, Looking())
+    assert seen == [(True, False, False, ":4096:8", False, False, True)] * 2
+    assert settings_of_torch() == before
+    assert describe(run.path).card.training["deterministic"] is True
+    (warning,) = trained(replace(run, steps=3, deterministic=False)).warnings
+    assert "deterministic: True then, False now): no longer bit for bit" in warning
+
+
+def test_what_torch_computes_in_changing_order_is_refused_in_words(
+    squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, before, real = a_run(squares, deterministic=True), settings_of_torch(), train.backward
+
+    def changing(net: nn.Module, *others: Any) -> float:
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+        return real(net, *others)
+
+    monkeypatch.setattr(train, "backward", changing)
+    with pytest.raises(SettingsError, match=r"--deterministic: torch cannot compute this network so \(put_ does not"):
+        trained(run)
+    assert settings_of_torch() == before
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with deterministic(True):
+        assert settings_of_torch()[3] == ":16:8"  # which does as well
+    assert settings_of_torch()[3] == ":16:8"
 
 
 # ----------------------------------------------------------------------------------------------------------- not finite

@@ -68,8 +68,6 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N
 
 def main() -> None:
     """Run the command line; every refusal is one sentence and an exit code, a traceback only with --debug."""
-    debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     ended: list[int] = []
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -78,17 +76,49 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, end)
     try:
+        code = exit_code()
+        code = written_out() or code
+        hear_no_more()
+    except KeyboardInterrupt:  # before typer listens, or after
+        code = 128 + signal.SIGINT
+        hear_no_more()
+    sys.exit(128 + ended[0] if ended else code)
+
+
+def exit_code() -> int:
+    """Do what the command line says, and tell in one line why it was refused, if it was; return the exit code."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
         app()
-    except SystemExit:
-        if ended:
-            sys.exit(128 + ended[0])
-        raise
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         if debug:
             traceback.print_exc()
         said, code = verdict(error)
         say(f"knife: {said}")
-        sys.exit(code)
+        return code
+    return 0
+
+
+def written_out() -> int:
+    """Write out what stdout still holds, and return 0; or an exit code, if it takes no more. Nobody needs to listen."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again, and complains
+        if not isinstance(error, BrokenPipeError):
+            say(f"knife: stdout: {error.strerror}; make room.")
+            return DISK
+    return 0
+
+
+def hear_no_more() -> None:
+    """Let signals end the process at once and without words: what was to be done is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def verdict(error: Exception) -> tuple[str, int]:
@@ -193,6 +223,12 @@ def train(
     steal_lock: Annotated[
         bool, typer.Option("--steal-lock", help="Train though another machine seems to be training this model.")
     ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on without an image that goes bad on the disk, where it is drawn.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Compute the same bits every time, on a GPU too, if more slowly.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Train a diffusion model or a task network; the same command again resumes."""
@@ -235,6 +271,8 @@ def train(
         spare_judge=spare_judge,
         accept_data=accept_data,
         steal_lock=steal_lock,
+        skip_bad=skip_bad,
+        deterministic=deterministic,
         command=command_line(sys.argv[1:]),
     )
     with interruptible() as caught, progress() as show:
@@ -272,6 +310,7 @@ def command_line(arguments: Iterable[str]) -> str:
 def interruptible() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them; a second one does what it always did."""
     caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(number)
@@ -281,8 +320,9 @@ def interruptible() -> Iterator[list[int]]:
         for known, handler in before.items():
             signal.signal(known, handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, note)
         yield caught
     finally:
         restore()
@@ -817,13 +857,13 @@ def models_import(
     from knife.checkpoint import save
     from knife.diffusers import import_diffusers
     from knife.interop import Told, import_guided_diffusion
+    from knife.lock import models_locked
     from knife.schedule import Schedule
 
     if not dataset or Path(dataset).name != dataset or dataset.startswith("."):
         raise SettingsError(f"--name {dataset!r}: not the name of a folder; give a plain word.")
     path = models / dataset / f"{kind}.safetensors"
-    if path.exists():
-        raise SettingsError(f"--name {dataset}: {path} is there already; give another name, or remove it.")
+    refuse_taken(path, dataset)
     if preset is not None and file.is_dir():
         raise SettingsError(f"--preset {preset}: a folder of diffusers tells its architecture; leave it out.")
     told = Told(
@@ -838,9 +878,17 @@ def models_import(
         card, weights = import_diffusers(file, kind, dataset, told)
     else:
         card, weights = import_guided_diffusion(file, kind, dataset, told, preset)
-    save(path, weights, card.to_json())
+    with models_locked(path):
+        refuse_taken(path, dataset)
+        save(path, weights, card.to_json())
     say_what_was_assumed(card.training)
     give(path)
+
+
+def refuse_taken(path: Path, dataset: str) -> None:
+    """Refuse a name that another model has."""
+    if path.exists():
+        raise SettingsError(f"--name {dataset}: {path} is there already; give another name, or remove it.")
 
 
 def say_what_was_assumed(training: Mapping[str, Any]) -> None:
