@@ -203,6 +203,10 @@ def measure(bench: Bench) -> dict[str, float]:
         (bench.size(diseased, y) < TRACE).float().mean()
     )
     figures["classify: change outside"] = bench.change(diseased, y)
+    y = bench.edit(healthy, "classify", "diseased")
+    figures["classify to diseased: share the judge calls diseased"] = float(
+        (bench.size(healthy, y) >= TRACE).float().mean()
+    )
     figures["decodes an image"] = sum(len(record.get("attempts", [0])) for record in bench.records) / len(bench.records)
     return figures
 
@@ -230,6 +234,7 @@ GOALS = {  # figure: (at least, at most)
     "classify to healthy: median cut of the tumour's area": (0.8, None),
     "classify to healthy: share the judge calls healthy": (0.95, None),
     "classify: change outside": (None, 0.005),
+    "classify to diseased: share the judge calls diseased": (0.95, None),
 }
 
 

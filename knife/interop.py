@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from knife.checkpoint import Card, digest
 from knife.errors import ModelError, SettingsError
 from knife.schedule import Schedule
-from knife.spec import PRESETS, ImageSpec
+from knife.spec import PRESETS, ImageSpec, attending
 from knife.spec import preset as look_up
 from knife.unet import Architecture, Attention, Block, Encoder, UNet
 
@@ -321,8 +321,7 @@ def check_heads(arch: Architecture) -> None:
     Raises:
         SettingsError: naming the option.
     """
-    attending = [m for level, m in enumerate(arch.mult) if arch.stem * 2**level in arch.attention]
-    for channels in (arch.width * m for m in (*attending, arch.mult[-1])):
+    for channels in attending(arch):
         if channels % (arch.head_width or arch.heads):
             option = f"--head-width {arch.head_width}" if arch.head_width else f"--heads {arch.heads}"
             raise SettingsError(

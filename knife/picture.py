@@ -47,6 +47,7 @@ TYPES = {255.0: np.uint8, 65535.0: np.uint16, math.inf: np.float32}
 WITH_ALPHA = {"L": "LA", "RGB": "RGBA", "RGB;16": "RGBA;16"}
 OTHER_ORDER = {"L": "B", "B": "L", "N": "L" if sys.byteorder == "big" else "B"}  # of the bytes of a number
 MAX_PIXELS = 64 * 2**20
+PIXELS_A_BYTE = 8 * 1032  # at most, of a PNG: eight of one bit to a byte, of which deflate packs 1032 into one
 _WARNINGS = threading.Lock()  # their filters are one for all threads
 
 Array = np.ndarray[Any, Any]
@@ -110,6 +111,12 @@ def opened_picture(file: BinaryIO, path: Path) -> PIL.ImageFile.ImageFile:
         raise InputError(f"{shown(path)}: holds several pictures; save the one to translate as its own file.")
     if opened.format != "PNG":
         return opened
+    size = file.seek(0, io.SEEK_END)
+    if opened.width * opened.height > PIXELS_A_BYTE * size:  # pillow would add what is missing
+        raise InputError(
+            f"{shown(path)}: says {opened.width} x {opened.height} pixels, more than {size} bytes can hold; "
+            "it is damaged: give another copy."
+        )
     opened.verify()  # decoding alone leaves the checksums uncompared
     return reopened(file)
 

@@ -96,7 +96,16 @@ def possible(arch: Architecture) -> Architecture:
         raise ValueError(f"{arch} is no network")
     if arch.res_blocks * len(arch.mult) > MOST_BLOCKS:
         raise ValueError(f"{len(arch.mult)} levels of {arch.res_blocks} blocks are too many")
+    for channels in attending(arch):
+        if channels % (arch.head_width or arch.heads):
+            raise ValueError(f"heads do not divide the {channels} channels of an attention of {arch}")
     return arch
+
+
+def attending(arch: Architecture) -> list[int]:
+    """Return the channels of every attention, that of the middle last."""
+    levels = [m for level, m in enumerate(arch.mult) if arch.stem * 2**level in arch.attention]
+    return [arch.width * m for m in (*levels, arch.mult[-1])]
 
 
 @dataclass(frozen=True)

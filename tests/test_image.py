@@ -978,6 +978,12 @@ def test_bad_pictures(tmp_path: Path) -> None:
         refused(tmp_path / "bomb.png", "pixels")
     (tmp_path / "deep.png").write_bytes(header_png(2, 2, depth=16, colour=4))
     refused(tmp_path / "deep.png", "16 bits a colour")
+    (tmp_path / "short.png").write_bytes(header_png(8, 2_000_000))
+    refused(tmp_path / "short.png", "says 8 x 2000000 pixels, more than 69 bytes can hold")
+    even = PIL.Image.new("1", (6000, 6000))
+    even.putpixel((0, 0), 1)
+    even.save(tmp_path / "even.png", optimize=True)
+    assert read(tmp_path / "even.png").pixels.shape == (1, 6000, 6000)  # the least that a picture can be
     frames[0].convert("I").save(tmp_path / "i32.tif")
     refused(tmp_path / "i32.tif", "mode I")
     PIL.Image.fromarray(np.array([[1, np.nan]], "float32")).save(tmp_path / "nan.tif")
