@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from knife import ops, steering
-from knife.cli import translate
+from knife.cli.translating import translate
 from knife.phantom import phantom, write_nifti
 
 

@@ -28,7 +28,8 @@ import knife.files
 import knife.train
 from knife import __version__, cli, demo, doctor, pairs, spec, translation
 from knife.checkpoint import Card, describe
-from knife.cli import command_line, terminal
+from knife.cli import terminal, translating
+from knife.cli.training import TrainingView, command_line
 from knife.errors import (
     ApartError,
     DeviceError,
@@ -50,7 +51,7 @@ from knife.image import read
 from knife.interop import foreign_names, foreign_shape
 from knife.phantom import phantom, write_dataset, write_nifti
 from knife.schedule import Schedule
-from knife.settings import DEFAULTS, Settings
+from knife.settings import DEFAULTS, Settings, Wish
 from knife.spec import ImageSpec, Preset, Training
 
 FEW = ("--noise-level", "10", "--steps", "5")
@@ -464,6 +465,8 @@ def test_mask_labels_are_whole_numbers_from_1_on(run, tmp_path, text):
         ("slice.nii", {"--steps": "99999"}, "--steps 99999: "),
         ("slice.nii", {"--scale": "2", "--strength": "1"}, "--scale and --strength: "),
         ("slice.nii", {"-o": "in/slice.nii"}, "-o in/slice.nii: "),
+        ("slice.nii", {"--slice": "1", "--slices": "1:3"}, "--slices and --slice: "),
+        ("slice.nii", {"--by": "+15%"}, "--by: stands for the --target"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2_and_writes_nothing(
@@ -563,6 +566,10 @@ def test_without_any_models_the_next_step_is_said(run, images, monkeypatch, tmp_
         (("info", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
         (("phantom", "out", "--count", "0"), "count is 0"),
         (("plugins", "new", "No Name"), "NAME 'No Name': give lowercase"),
+        (
+            ("sweep", "x.nii", "--task", "regress", "--targets", "0.1", "--noise-levels", "20,high"),
+            "--noise-levels 20,high: give whole numbers",
+        ),
     ],
 )
 def test_other_commands_refuse_in_one_sentence_too(run, tmp_path, arguments, words):
@@ -571,6 +578,30 @@ def test_other_commands_refuse_in_one_sentence_too(run, tmp_path, arguments, wor
     assert words in done.err
     assert done.err.count("\n") == 1
     assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("tasks", "targets", "by", "weights", "windows", "words"),
+    [
+        (["a", "b"], [], "1", [], [], "--by: stands for the --target of a single --task"),
+        (["a", "b"], ["1"], None, [], [], "--target: 1 for 2 --task"),
+        (["a", "b"], ["1", "2"], None, [1.0], [], "--weight: 1 for 2 --task"),
+        (["a", "b", "c"], ["1", "2", "3"], None, [], ["0:1", "0:2"], "--window: 2 for 3 --task"),
+        (["a"], ["1"], None, [], ["high"], "--window high: give two noise levels"),
+    ],
+)
+def test_tasks_that_cannot_be_matched_are_refused(tasks, targets, by, weights, windows, words):
+    with pytest.raises(SettingsError) as refusal:
+        translating.wishes(tasks, targets, by, weights, windows)
+    assert words in str(refusal.value)
+
+
+def test_each_task_gets_its_target_weight_and_window():
+    assert translating.wishes(["a"], [], "+15%", [], []) == [Wish("a", "by:+15%", 1.0, None)]
+    wanted = [Wish("a", "1", 0.5, (5, 40)), Wish("b", "2", 2.0, (5, 40))]
+    assert translating.wishes(["a", "b"], ["1", "2"], None, [0.5, 2.0], ["5:40"]) == wanted
+    wanted = [Wish("a", "1", 1.0, (5, 40)), Wish("b", "2", 1.0, (0, 9))]
+    assert translating.wishes(["a", "b"], ["1", "2"], None, [], ["5:40", "0:9"]) == wanted
 
 
 def test_debug_shows_where_a_refusal_came_from(run):
@@ -684,6 +715,32 @@ def test_wrong_usage_is_exit_code_2(run, arguments):
 
 
 # ------------------------------------------------------------------------------------------------------------- printing
+
+
+def test_images_that_a_model_hardly_knows_are_doubted_by_the_worst(capsys):
+    records = [{"input": [f"{i}.nii"], "reconstruction": error} for i, error in enumerate((0.02, 0.04, 0.5))]
+    translating.say_doubts(records)
+    words = " ".join(capsys.readouterr().err.split())
+    assert "gives back 2.nii with a mean error of 50.0% of the range (2 of 3 images above 3%)" in words
+    translating.say_doubts([{"input": ["x.nii"]}, *records[:1]])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_targets_that_were_missed_are_named_and_many_are_counted(capsys):
+    missed = {
+        "input": ["a.nii"], "slice": 7, "reached": False, "error": {"regress": 0.05, "segment": 0.001, "other": 9.0},
+        "tolerance": {"regress": 0.01, "segment": 0.1}, "attempts": [{"strength": 0.1}, {"strength": 0.2}],
+    }  # fmt: skip
+    reached = {"input": ["b.nii"], "reached": True}
+    translating.say_missed([missed, reached, {"input": ["c.nii"]}])
+    assert capsys.readouterr().err == (
+        "Not reached: a.nii, slice 7: regress 0.05 off, 0.01 allowed (strengths tried: 0.1, 0.2).\n"
+    )
+    plain = {name: value for name, value in missed.items() if name not in ("slice", "attempts")}
+    translating.say_missed([plain] * 6 + [reached])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:5] == ["Not reached: a.nii: regress 0.05 off, 0.01 allowed."] * 5
+    assert lines[5:] == ["Not reached: 6 of 7 images in all; their records say by how much."]
 
 
 def test_progress_without_a_terminal_is_few_lines(capsys, monkeypatch):
@@ -864,6 +921,6 @@ def test_a_judge_is_trained_and_listed_beside_its_guide(run, data, monkeypatch):
 
 
 def test_a_signal_while_images_are_read_ends_it(run, data, monkeypatch):
-    view = cli.TrainingView(terminal.plain_progress(), 10, "cpu", [signal.SIGTERM])
+    view = TrainingView(terminal.plain_progress(), 10, "cpu", [signal.SIGTERM])
     monkeypatch.setattr(knife.train, "train", lambda run, watch, stop: view.loading(1, 8))
     assert run("train", "diffusion", "--data", data).code == 143

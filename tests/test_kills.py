@@ -21,7 +21,7 @@ import torch
 
 from knife import cli, resume, spec
 from knife.checkpoint import describe, read_tensors
-from knife.cli import terminal
+from knife.cli import terminal, training
 from knife.errors import DiskError
 from knife.job import Run
 from knife.resume import digest, log_path, resume_path
@@ -201,7 +201,7 @@ def test_a_second_signal_does_what_it_always_did() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        with cli.interruptible() as caught:
+        with training.interruptible() as caught:
             os.kill(os.getpid(), signal.SIGTERM)
             assert (caught, heard) == ([signal.SIGTERM], [])
             os.kill(os.getpid(), signal.SIGTERM)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from knife.cli.options import Device, Json
 from knife.cli.terminal import give, give_json, progress, say, show_facts, show_table
 from knife.settings import ROUNDS
 
@@ -18,8 +19,8 @@ def bench(
     ] = None,
     models: Annotated[Path, typer.Option("--models", help="Folder that --dataset lies in.")] = Path("models"),
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at once, beside one at a time.")] = 8,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Measure how fast knife is on this machine, and how near that comes to what the machine can do.
 

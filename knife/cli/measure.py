@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from knife.cli.options import NoiseLevel, Quality, Steps
+from knife.cli.options import Device, Json, Models, NoiseLevel, Quality, Steps
 from knife.cli.terminal import give, give_json, progress, say, show_table
 from knife.cli.words import listed_targets, slice_range
 from knife.settings import DEFAULTS, Settings
@@ -25,7 +25,7 @@ KEPT = ("changed", "changed_outside", "reached")
 def calibrate(
     dataset: Annotated[str, typer.Argument(help="Name of a folder in the folder of models.")],
     data: Annotated[Path, typer.Option("--data", help="Folder of images: those set apart to validate, or to test.")],
-    models: Annotated[Path, typer.Option("--models", help="Folder of trained models.")] = Path("models"),
+    models: Models = Path("models"),
     count: Annotated[int, typer.Option("--count", help="Images at most.")] = 64,
     layout: Annotated[
         str | None, typer.Option("--layout", help="How the folder is laid out; default: as in the training.")
@@ -34,8 +34,8 @@ def calibrate(
         str | None,
         typer.Option("--slices", help="Axial slices of volumes, FIRST:LAST+1, as 80:129; default: as in the training."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Measure up to which noise level the guides of a data set still see, and choose default noise levels by it.
 
@@ -123,7 +123,7 @@ def evaluate(
     data: Annotated[Path, typer.Option("--data", help="Folder of images: those set apart to test.")],
     task: Annotated[str, typer.Option("--task", help="The task that guides: regress, classify, segment, a plugin's.")],
     targets: Annotated[str, typer.Option("--targets", help="Targets: 0.02,0.05,0.1, or healthy, or shapes, or masks.")],
-    models: Annotated[Path, typer.Option("--models", help="Folder of trained models.")] = Path("models"),
+    models: Models = Path("models"),
     split: Annotated[str, typer.Option("--split", help="Whose images: test, val or train.")] = "test",
     count: Annotated[int, typer.Option("--count", help="Images at most, each towards each target.")] = 64,
     layout: Annotated[
@@ -143,8 +143,8 @@ def evaluate(
     strength: Annotated[
         float | None, typer.Option("--strength", help="Size of the guidance, fixed; default: what reaches the target.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Translate images set apart towards several targets, and say how good the edits are, by guide and by judge.
 

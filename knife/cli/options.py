@@ -1,5 +1,6 @@
 """Options that several commands have, without torch, so that --help is quick."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,3 +28,9 @@ Solver = Annotated[
         "--solver", help=f"{', '.join(SOLVER_NAMES)} (the paper's, of first order); default: as --quality says."
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Models = Annotated[Path, typer.Option("--models", help="Folder of trained models.")]
+Nan = Annotated[
+    str | None, typer.Option("--nan", help="What to read NaN and infinite pixels as: fill=0; default: refuse them.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
