@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lock sbom clean
+.PHONY: demo test check coverage lock sbom clean
 
 demo: .venv/ready
 	$(BIN)/knife demo
@@ -14,6 +14,14 @@ check: .venv/ready-lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Which lines and branches no test comes to.
+coverage: .venv/ready-lint
+	mkdir -p build/coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # One environment, three stages; torch first and by its pin, so that nothing pulls another build of it.
 .venv/ready: pyproject.toml setup.py constraints.txt

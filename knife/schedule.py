@@ -35,7 +35,7 @@ class Schedule:
     def beta(self) -> Tensor:
         """Return the forward variances beta_1..beta_T, [T] float64."""
         if self.kind == "linear":
-            first, last = min(0.1 / self.T, 0.999), min(20 / self.T, 0.999)  # 1e-4 and 0.02 at T = 1000
+            first, last = 0.1 / self.T, min(20 / self.T, 0.999)  # 1e-4 and 0.02 at T = 1000
             return torch.linspace(first, last, self.T, dtype=torch.float64)
         u = torch.arange(self.T + 1, dtype=torch.float64) / self.T
         signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2

@@ -259,6 +259,29 @@ def test_free_memory_is_known_here() -> None:
     assert free is None or free > 2**20
 
 
+def test_free_memory_is_what_the_system_tells_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"text": "MemTotal: 9 kB\nMemAvailable:    7 kB\n", "SC_AVPHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: told["text"])
+    monkeypatch.setattr(data.os, "sysconf", lambda name: told[name])
+    assert data.available_memory() == 7 * 1024
+    told["text"] = "MemTotal: 9 kB\n"  # of a system that tells no more
+    assert data.available_memory() == 3 * 4096
+    monkeypatch.delattr(data.os, "sysconf")
+    assert data.available_memory() is None
+
+
+def test_what_cannot_be_read_has_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    assert len(data.content(tmp_path / "x")) == 64
+    assert data.content(tmp_path) == data.content(tmp_path / "gone") == ""
+
+    def broken(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    assert data.content(tmp_path / "x") == ""
+
+
 # --------------------------------------------------------------------------------------------------------- fingerprint
 
 

@@ -311,6 +311,18 @@ def test_balanced_guidance_follows_the_root_of_the_steepness():
     assert steep / usual == pytest.approx(100)
 
 
+def test_balanced_guidance_is_as_exact_for_guides_of_lower_precision():
+    alpha_bar, next_alpha_bar = Schedule().alpha_bar[[300, 200]]
+    score = torch.tensor([-0.7], dtype=torch.bfloat16)
+    tiny = 2.0**-80  # its square is no float32
+    for strength, steepness, size in ((1e-3, 1e-3, tiny), (1e30, 1e-3, tiny), (0.03, 1e-12, 1.0)):
+        scale, g = balanced(strength, steepness), torch.full((1, 2, 8, 8), size)
+        found = scale(Slope(score, g), alpha_bar, next_alpha_bar)
+        exact = scale(Slope(score.double(), g.double()), alpha_bar, next_alpha_bar)
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+        assert 0 < found < math.inf
+
+
 def test_balanced_guidance_of_an_image_does_not_depend_on_its_batch_and_a_flat_score_asks_for_nothing():
     alpha_bar, g = Schedule().alpha_bar[100], normal(3, 2, 8, 8)
     g[2] = 0
@@ -392,6 +404,17 @@ def test_fresh_noise_leaves_the_predicted_image_and_is_the_same_for_all():
     torch.testing.assert_close(under_fresh_noise(here.part(slice(1)), level), seen[:1], rtol=0, atol=0)
 
 
+def test_fresh_noise_differs_between_channels_and_leaves_other_draws_alone():
+    here = Point(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), 0.5)
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    first, second, third = under_fresh_noise(here, 200)[0]
+    assert torch.equal(torch.rand(3), wanted)
+    for one, other in ((first, second), (first, third), (second, third)):
+        assert not torch.allclose(one, other, atol=0.1)
+
+
 def test_a_guide_is_shown_fresh_noise_where_it_asks_for_it_and_the_images_themselves_as_in_the_paper():
     schedule, x, shown = Schedule(), normal(2, 1, 4, 4), []
     net = lambda x, t: 0.3 * x  # noqa: E731
@@ -419,6 +442,20 @@ def test_a_control_is_the_unguided_decode_in_the_same_batch(scale):
     same, also = decode_with_control(net, x, schedule, levels, [Guidance(score, 0.0)])
     assert torch.equal(same, also)
     assert torch.equal(same, decode(net, x, schedule, levels))
+
+
+@pytest.mark.parametrize("name", [*SOLVERS])
+def test_a_control_goes_on_from_the_last_point_of_encoding_like_the_edit(name):
+    schedule, levels, x = Schedule(), path(400, 5, spread=1.5), normal(2, 1, 4, 4)
+    net = lambda x, t: torch.tanh(x) * 0.3  # noqa: E731
+    guidance = [Guidance(lambda x, t: -0.5 * (x - 1).square().flatten(1).sum(1), 0.5)]
+    noisy, last = encode(net, x, schedule, levels, solver=SOLVERS[name])
+    both = decode_with_control(net, noisy, schedule, levels, guidance, solver=SOLVERS[name], before=last)
+    for found, pulling in zip(both, (guidance, ()), strict=True):
+        alone = decode(net, noisy, schedule, levels, pulling, solver=SOLVERS[name], before=last)
+        torch.testing.assert_close(found, alone)
+    unguided, _ = decode_with_control(net, noisy, schedule, levels, (), solver=SOLVERS[name], before=last)
+    assert torch.equal(unguided, alone)
 
 
 def test_what_lies_outside_a_region_stays_where_encoding_led_it():
@@ -493,6 +530,11 @@ def test_each_image_of_a_batch_may_have_a_strength_of_its_own():
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-6, atol=0)
 
 
+def test_nothing_pulls_at_clean_images():
+    always = Guidance(lambda x, t: x.sum((1, 2, 3)), 0.5)
+    assert [always.pulls(level) for level in (0, 1, 10**9)] == [False, True, True]
+
+
 def test_scale_zero_does_not_ask_the_guide():
     def score(x, t):
         raise AssertionError
@@ -555,6 +597,8 @@ def test_a_slope_is_of_each_image_alone():
     x, t = normal(3, 1, 4, 4), torch.tensor([1, 5, 9])
     score = lambda x, t: (x**3).sum((1, 2, 3)) * t  # noqa: E731
     torch.testing.assert_close(slope(score, x, t).gradient, 3 * x**2 * t.view(3, 1, 1, 1), rtol=1e-14, atol=0)
+    assert torch.equal(slope(score, x, t).score, score(x, t))
+    assert not slope(score, x, t).score.requires_grad
     assert not slope(score, x, t).gradient.requires_grad
     assert not x.requires_grad
 
@@ -596,6 +640,24 @@ def test_the_channels_of_a_learned_sigma_are_not_read():
 def test_a_network_of_lower_precision_answers_in_the_precision_of_the_images():
     x = normal(1, 1, 2, 2)
     assert encode(lambda x, t: x.bfloat16(), x, Schedule(), [0, 10])[0].dtype == torch.float64
+
+
+def test_the_walk_stays_on_the_device_of_its_images():
+    """A device that holds no values will do."""
+    x, asked = torch.empty(2, 1, 4, 4, device="meta"), []
+
+    def net(x, t):
+        asked.append((x.device.type, t.device.type))
+        return torch.sin(x)
+
+    def score(x, t):
+        asked.append((x.device.type, t.device.type))
+        return x.square().flatten(1).sum(1)
+
+    levels, guidance = [0, 50, 100], [Guidance(score, balanced(0.3, 0.5), fresh=True), Guidance(score, 0.5)]
+    both = decode_with_control(net, encode(net, x, Schedule(), levels)[0], Schedule(), levels, guidance)
+    assert {one.device.type for one in both} == {"meta"}
+    assert asked == [("meta", "meta")] * 8
 
 
 # --- Clamping ---------------------------------------------------------------------------------------------------------

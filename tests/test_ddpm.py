@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from knife.ddpm import discretized_log_likelihood, hybrid_loss, normal_kl
+from knife.ddpm import discretized_log_likelihood, hybrid_loss, normal_kl, posterior
 from knife.schedule import Schedule, noise
 
 SCHEDULE = Schedule("linear", 1000)
@@ -63,6 +63,18 @@ def test_the_lowest_level_pays_for_the_8_bit_values():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
+def test_the_lowest_level_asks_how_likely_the_image_is_where_the_network_expects_it():
+    x0 = torch.tensor([-1.0, -0.2, 0.5, 1.0], dtype=torch.float64).view(1, 1, 2, 2)
+    eps, v = normal(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    wrong = eps + torch.tensor([[-2.0, 1.0], [-3.0, 2.0]], dtype=torch.float64)
+    loss = hybrid_loss(fixed(wrong, v), x0, torch.tensor([1]), eps, SCHEDULE)
+    ab, beta = SCHEDULE.alpha_bar[1], SCHEDULE.beta
+    expected_x0 = (noise(x0, eps, ab[None]) - (1 - ab).sqrt() * wrong) / ab.sqrt()
+    log_std = 0.25 * (beta[0].log() + (beta[1] * beta[0] / (1 - SCHEDULE.alpha_bar[2])).log())
+    nll = -discretized_log_likelihood(x0, expected_x0, log_std).mean() / math.log(2)
+    assert loss.item() == pytest.approx(((eps - wrong) ** 2).mean().item() + nll.item(), rel=1e-9)
+
+
 def test_the_variational_term_trains_sigma_alone():
     x0, eps = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1)
     predicted, v = normal(3, 2, 4, 4, seed=2).requires_grad_(), normal(3, 2, 4, 4, seed=3).requires_grad_()
@@ -104,6 +116,42 @@ def test_the_256_values_share_a_probability_of_one(log_std):
     values = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     likelihood = discretized_log_likelihood(values, torch.tensor(0.3), torch.tensor(log_std, dtype=torch.float64))
     assert likelihood.exp().sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_what_is_a_bin_away_is_as_likely_as_the_normal_distribution_says():
+    values, mean = torch.arange(256, dtype=torch.float64) / 127.5 - 1, torch.tensor(0.3, dtype=torch.float64)
+    edges = torch.cat([torch.tensor([-9.0]), values[:-1] + 1 / 255, torch.tensor([9.0])]).double()
+    for std in (1 / 255, 3 / 255, 2.0):
+        exact = torch.distributions.Normal(mean, std).cdf(edges).diff()
+        found = discretized_log_likelihood(values, mean, torch.tensor(std, dtype=torch.float64).log()).exp()
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-3)
+
+
+def test_no_value_is_impossible():
+    far = discretized_log_likelihood(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, -1.0]), torch.tensor(-6.0))
+    assert far.tolist() == pytest.approx([math.log(1e-12)] * 3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_posterior_is_that_of_bayes(kind):
+    """x_{k-1} is N(sqrt(ab_{k-1}) x_0, 1 - ab_{k-1}), and seen in x_k = sqrt(1 - beta) x_{k-1} + noise of beta."""
+    schedule, level = Schedule(kind, 40), torch.arange(2, 41)
+    ab, beta = schedule.alpha_bar, schedule.beta
+    before, spread = ab[1:-1], beta[1:]
+    variance = 1 / (1 / (1 - before) + (1 - spread) / spread)
+    expected = [
+        ab[2:].sqrt(), (1 - ab[2:]).sqrt(), variance * before.sqrt() / (1 - before),
+        variance * (1 - spread).sqrt() / spread, spread.log(), variance.log(),
+    ]  # fmt: skip
+    found = posterior(schedule, level, normal(1, 1, 1, 1))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.view(-1), other, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("T", [2, 3])
+def test_the_lowest_level_borrows_the_variance_of_the_next(T):
+    first, second = posterior(Schedule("linear", T), torch.tensor([1, 2]), normal(1, 1, 1, 1))[-1].view(-1)
+    assert first == second
 
 
 def test_divergence_of_normals():

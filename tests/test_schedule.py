@@ -1,6 +1,7 @@
 """The noise levels: closed forms, noising, the path of levels."""
 
 import math
+from dataclasses import FrozenInstanceError
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knife.errors import SettingsError
-from knife.schedule import Schedule, noise, path, timestep
+from knife.schedule import MOST_LEVELS, Schedule, noise, path, timestep
 
 KINDS = ("linear", "cosine")
 patient = settings(deadline=None, derandomize=True, max_examples=60)
@@ -27,7 +28,8 @@ def test_alpha_bar_falls_from_one_towards_nothing(kind, T):
 
 
 def test_linear_schedule_has_the_published_variances():
-    beta = Schedule("linear", 1000).beta
+    beta = Schedule().beta
+    assert len(beta) == 1000
     assert beta[0].item() == pytest.approx(1e-4, rel=1e-14)
     assert beta[-1].item() == pytest.approx(0.02, rel=1e-14)
     assert beta.diff().std() < 1e-17
@@ -37,6 +39,14 @@ def test_linear_schedule_has_the_published_variances():
 def test_linear_schedule_means_the_same_noise_at_any_number_of_levels():
     coarse, fine = Schedule("linear", 1000).alpha_bar, Schedule("linear", 4000).alpha_bar[::4]
     assert (coarse - fine).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("T", [2, 10, 20])
+def test_linear_schedule_of_few_levels_is_capped(T):
+    schedule = Schedule("linear", T)
+    assert schedule.beta[-1] == 0.999
+    assert schedule.beta[0] == pytest.approx(0.1 / T)
+    assert (schedule.alpha_bar > 0).all()
 
 
 def test_cosine_schedule_is_a_squared_cosine_up_to_its_cap():
@@ -58,9 +68,21 @@ def test_schedules_that_cannot_be_are_refused(kind, T, words):
         Schedule(kind, T)
 
 
+def test_as_many_levels_as_are_allowed_make_a_schedule():
+    assert Schedule("linear", MOST_LEVELS).T == 100_000
+
+
+def test_a_schedule_stays_what_it_is():
+    """Its levels are worked out once, and would not follow."""
+    schedule = Schedule()
+    with pytest.raises(FrozenInstanceError):
+        schedule.T = 500
+
+
 def test_digest_tells_schedules_apart():
     digests = {Schedule(kind, T).digest for kind in KINDS for T in (999, 1000)}
     assert len(digests) == 4
+    assert {len(digest) for digest in digests} == {16}
     assert Schedule("linear", 1000).digest in digests
     assert Schedule("linear", 1000) == Schedule("linear", 1000)
 
@@ -104,7 +126,7 @@ def test_a_path_with_a_spread_rises_by_whole_levels_that_lie_closer_near_zero(ca
     assert all(b - a >= -1 for a, b in pairwise(gaps))  # they grow, up to the rounding of their ends
 
 
-@pytest.mark.parametrize("levels", [0, -1, 10**9, float("nan")])
+@pytest.mark.parametrize("levels", [0, -1, MOST_LEVELS + 1, 10**9, float("nan")])
 def test_schedules_of_no_levels_or_too_many_are_refused(levels):
     with pytest.raises(SettingsError, match="give 1 to 100000"):
         Schedule("linear", levels)

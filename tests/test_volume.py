@@ -246,6 +246,10 @@ def test_what_cannot_be_a_volume_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError, match=r"x.nii.gz"):
         volume.open_volume(path)
+    save(tmp_path / "d/p_t1.nii", voxels(), UGLY[0])
+    save(tmp_path / "d/p_t2.nii", voxels(shape=(11, 13, 12, 2)), UGLY[0])
+    with pytest.raises(InputError, match=r"p_t2.nii: only NIfTI files of one channel can be joined"):
+        volume.open_volume(tmp_path / "d")
     five = save(tmp_path / "five.nii", voxels(shape=(9, 9, 9, 2, 2)), UGLY[0])
     with pytest.raises(InputError, match=r"9 x 9 x 9 x 2 x 2 voxels are no volume"):
         volume.open_volume(five)
@@ -266,6 +270,14 @@ def test_an_input_is_never_overwritten(tmp_path):
     with pytest.raises(InputError, match="written as NIfTI"):
         volume.write(volume.open_volume(path), tmp_path / "x.png")
     assert path.read_bytes() == before
+
+
+def test_voxels_that_are_no_numbers_are_not_written(tmp_path):
+    opened = volume.open_volume(save(tmp_path / "x.nii", voxels(), UGLY[0]))
+    opened.pixels[0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"out\.nii: the voxels to write are not all finite; nothing was written"):
+        volume.write(opened, tmp_path / "out.nii")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.nii"]
 
 
 def test_a_map_has_the_volumes_geometry(tmp_path):
