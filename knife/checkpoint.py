@@ -159,8 +159,10 @@ def refusing(path: Path) -> Iterator[None]:
     try:
         if not path.is_file():
             raise ModelError(f"{path}: no such file; check the name, or train the model first.")
-        with path.open("rb") as file:
-            file.read(1)  # safetensors calls all that cannot be opened missing
+        with path.open("rb") as file:  # safetensors calls all that cannot be opened missing
+            length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:  # safetensors refuses it too, but maps the file first
+            raise ModelError(f"{path}: {DAMAGED} (a header of {length} bytes).")
         yield
     except OSError as error:
         reason = f"cannot be read ({error.strerror or error})"
@@ -186,6 +188,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 DAMAGED = "not written by knife, or damaged; copy it anew or remove it"
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

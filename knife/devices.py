@@ -15,9 +15,7 @@ from knife.errors import DeviceError, MemoryShortError, SettingsError
 
 MALLOC = ("keep", "system")  # KNIFE_MALLOC
 M_TRIM_THRESHOLD, M_MMAP_MAX, MOST = -1, -4, 2**31 - 1  # of mallopt in glibc's malloc.h
-CUBLAS = (
-    "CUBLAS_WORKSPACE_CONFIG"  # what cuBLAS asks for its memory as it starts: of a fixed size, it adds in one order
-)
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # how cuBLAS begins with its memory: of a fixed size, it adds in one order
 
 
 def precision(device: str) -> torch.autocast:

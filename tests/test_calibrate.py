@@ -145,10 +145,10 @@ def trip(*errors: float) -> RoundTrip:
     [
         (curve((0, 1), (500, 1), (600, 0), (1000, 0)), None, 525, 550),
         (curve((0, 0.4), (500, 0.4), (600, 0), (1000, 0)), trip(0.01, 0.01, 0.02), 525, 550),  # shares of what it has
-        (curve((0, 1), (1000, 0)), None, 400, 500),  # not less noise than leaves a fifth
+        (curve((0, 1), (1000, 0)), None, 475, 500),  # not less noise than leaves a tenth
         (curve((0, 1), (1000, 0.8)), None, 600, 1000),  # nor more than leaves a fortieth
-        (curve((0, 1), (500, 1), (600, 0), (1000, 0)), trip(0.01, 0.02, 0.06), 450, 550),  # and a faithful round trip
-        (curve((0, 1), (500, 1), (600, 0), (1000, 0)), trip(0.1, 0.2, 0.3), 400, 550),
+        (curve((0, 1), (500, 1), (600, 0), (1000, 0)), trip(0.01, 0.02, 0.04), 500, 550),  # and a faithful round trip
+        (curve((0, 1), (500, 1), (600, 0), (1000, 0)), trip(0.1, 0.2, 0.3), 475, 550),
         (curve((0, 0.05), (1000, 0)), None, None, None),
     ],
 )

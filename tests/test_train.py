@@ -603,7 +603,10 @@ def test_a_save_that_fails_is_tried_again(squares: Path, monkeypatch: pytest.Mon
     witness = Witness()
     filling(monkeypatch, lambda: len(witness.steps) in (2, 3, 5, 6))  # twice in a row
     run_training(parts, witness)
-    assert [words.split(":")[0] for words in witness.warnings] == [f"step {n} is not saved" for n in (2, 3, 5, 6)]
+    of_log = [words for words in witness.warnings if "regress.log.jsonl:" in words]
+    saves = [words for words in witness.warnings if words not in of_log]
+    assert len(of_log) >= 1
+    assert [words.split(":")[0] for words in saves] == [f"step {n} is not saved" for n in (2, 3, 5, 6)]
     assert all("No space left on device" in words for words in witness.warnings)
     assert digest(whole) == digest(parts)
 
@@ -614,7 +617,8 @@ def test_three_saves_in_a_row_that_fail_end_the_run(squares: Path, monkeypatch: 
     filling(monkeypatch, lambda: len(witness.steps) >= 4)
     with pytest.raises(DiskError):
         run_training(run, witness)
-    assert (len(witness.steps), len(witness.warnings)) == (6, 2)
+    assert len(witness.steps) == 6
+    assert len([words for words in witness.warnings if words.startswith("step")]) == 2
     assert read_about(resume_path(run))["step"] == 3
 
 
