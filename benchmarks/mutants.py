@@ -85,7 +85,6 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {  # why no test can tell them apart ->
         "checkpoint.seal: tensors[name].contiguous() -> tensors[name]",
     ),
     "neither is more than there can be": ("checkpoint.refuse_larger: 0 -> -1",),
-    "a byte tells as much as two": ("checkpoint.refusing: file.read(1) -> file.read(2)",),
     "where os has the first of these flags, it lacks the second, and the file is open for writing anyway": (
         "files.regular: getattr(os, 'O_NONBLOCK', 0) -> getattr(os, 'O_NONBLOCK', 1)",
         "files.regular: getattr(os, 'O_NONBLOCK', 0) -> getattr(os, 'O_NONBLOCK', -1)",
