@@ -113,6 +113,8 @@ def test_kernel_is_the_compiled_one(device: str) -> None:
     key = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}[device]
     assert torch._C._dispatch_has_kernel_for_dispatch_key("knife::ddim_step", key)
     assert 0 < ops.self_test(device) < 1e-5
+    with torch.autocast(device, torch.bfloat16):  # around whatever uses an op first
+        assert 0 < ops.self_test(device) < 1e-5
     library = ops.status(device).library
     assert library is not None
     assert library.is_file()
