@@ -4,6 +4,7 @@
 #     bash benchmarks/gpu.sh ops       build and test the CUDA kernels, look for memory errors and races, measure them
 #     bash benchmarks/gpu.sh train     make phantoms and train the four small models on them
 #     bash benchmarks/gpu.sh measure   quality figures, seconds per image, images a second of the loader
+#     bash benchmarks/gpu.sh ways      the same in bfloat16 and with recorded calls (CUDA graphs)
 #
 # Each takes less than ten minutes on one H100. Results go to $OUT (default: out/). Packages that python3 lacks can lie as
 # wheels in .whl/; knife and they are installed into $KNIFE_SITE (default: /tmp/knife-site).
@@ -30,7 +31,7 @@ gpu_ops() {
     say "which kernels run"
     python3 -c 'from knife import native, ops; [print(ops.status(d), ops.self_test(d)) for d in native.SOURCES]'
     say "tests"
-    timeout 240 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py -rs
+    timeout 240 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_graphs.py -rs
     bash benchmarks/sanitize.sh cuda
     say "GB/s"
     for dtype in float32 bfloat16; do
@@ -68,7 +69,20 @@ gpu_measure() {
     timeout 90 python3 benchmarks/loader.py --device cuda | tee "$out/loader.txt"
 }
 
+gpu_ways() {
+    [ -d "$models" ] || models=knife/starter
+    say "quality in bfloat16"
+    timeout 200 python3 benchmarks/quality.py --device cuda --models "$models" --precision bfloat16 | tee "$out/quality-bfloat16.txt"
+    for graphs in off on; do
+        for precision in float32 bfloat16; do
+            say "seconds per image, $precision, graphs $graphs"
+            KNIFE_GRAPHS=$graphs timeout 90 python3 benchmarks/translate.py --device cuda --models "$models" \
+                --precision "$precision" --batch-sizes 1,16 | tee "$out/translate-$precision-$graphs.txt"
+        done
+    done
+}
+
 case "${1:-}" in
-    ops | train | measure) install && nvidia-smi -L && "gpu_$1" ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    ops | train | measure | ways) install && nvidia-smi -L && "gpu_$1" ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

@@ -27,7 +27,7 @@ from knife.image import Image, read
 from knife.outputs import Edit
 from knife.pairs import Pair
 from knife.phantom import CHANNELS, Phantom, phantom, write_nifti
-from knife.settings import STRENGTH, Settings, Wish
+from knife.settings import PRECISIONS, STRENGTH, Settings, Wish
 from knife.spec import preset
 from knife.steering import run
 from knife.tasks import task
@@ -145,7 +145,7 @@ class Bench:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """Return the settings of a translation: the usual ones, but for what the command line says."""
-    names = ("noise_level", "steps", "solver", "strength", "clamp", "control", "batch_size", "auto_region")
+    names = ("noise_level", "steps", "solver", "strength", "clamp", "control", "batch_size", "auto_region", "precision")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return replace(Settings(), **given)
 
@@ -266,6 +266,7 @@ def options_of(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--auto-region", action="store_true", help="let change only where a first decode changed most")
     parser.add_argument("--clamp", action="store_true", help="keep the predicted clean image within the value range")
     parser.add_argument("--control", action=argparse.BooleanOptionalAction, help="add only what guidance changed")
+    parser.add_argument("--precision", choices=PRECISIONS)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto")
     return parser.parse_args(words)

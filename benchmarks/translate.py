@@ -14,7 +14,6 @@ import platform
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ import torch
 from knife import ops, panel
 from knife.devices import resolve_device
 from knife.phantom import phantom, write_nifti
-from knife.settings import Settings, Wish
+from knife.settings import PRECISIONS, Settings, Wish
 from knife.translation import translate
 
 TARGETS = {"regress": "0.15", "classify": "healthy", "segment": "mask.nii"}
@@ -31,7 +30,8 @@ TARGETS = {"regress": "0.15", "classify": "healthy", "segment": "mask.nii"}
 def measure(task: str, batch: int, folder: Path, options: argparse.Namespace) -> float:
     """Return the median seconds an image."""
     given = {"noise_level": options.noise_level, "steps": options.steps}
-    settings = replace(Settings(batch_size=batch), **{k: v for k, v in given.items() if v is not None})
+    known = {name: value for name, value in given.items() if value is not None}
+    settings = Settings(batch_size=batch, precision=options.precision, **known)
     images = [folder / f"{i}.nii" for i in range(batch)]
     target = str(folder / TARGETS[task]) if task == "segment" else TARGETS[task]
     seconds = []
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", type=Path, help="folder of trained models; default: the shipped ones")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     batches = [int(text) for text in options.batch_sizes.split(",")]

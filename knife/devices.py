@@ -18,11 +18,21 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, MOST = -1, -4, 2**31 - 1  # of mallopt in glibc's 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # how cuBLAS begins with its memory: of a fixed size, it adds in one order
 
 
-def precision(device: str) -> torch.autocast:
-    """Return the context to train in: bfloat16 autocast on a GPU that computes in it, exact float32 elsewhere."""
+def precision(device: str, wanted: str = "auto") -> torch.autocast:
+    """Return the context that networks compute in: bfloat16 autocast, or float32.
+
+    Args:
+        device: what torch calls the device.
+        wanted: float32, bfloat16, or auto, as trainings have it: bfloat16 on a GPU that computes in it.
+    """
     kind = device.split(":", maxsplit=1)[0]
-    halved = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(kind, torch.bfloat16, enabled=halved)
+    halved = halves(kind) if wanted == "auto" else wanted == "bfloat16"
+    return torch.autocast(kind, torch.bfloat16, enabled=halved, cache_enabled=wanted == "auto")  # others are frozen
+
+
+def halves(device: str) -> bool:
+    """Tell whether a device is a GPU that computes in bfloat16 itself."""
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def resolve_device(text: str = "auto") -> tuple[str, str]:

@@ -14,6 +14,7 @@ from knife import __version__, native, ops
 from knife.checkpoint import STARTER, Stored, describe, digest, read_tensors, stored_models
 from knife.devices import keep_freed_memory, resolve_device
 from knife.errors import KnifeError, ModelError
+from knife.graphs import in_words
 from knife.image import NIFTI, Image, Nifti, Picture, read
 from knife.tasks import Plugin, plugins
 from knife.volume import Volume, axial_count, open_volume
@@ -33,6 +34,7 @@ def examine() -> dict[str, Any]:
         "device": f"{device}: {why}",
         **{name: fact for name, (fact, _) in checks.items()},
         "memory": or_why_not(keep_freed_memory),
+        "graphs": or_why_not(in_words),
         "compiler": or_why_not(lambda: " ".join(native.compiler("cpu"))),
         "nvcc": or_why_not(lambda: " ".join(native.compiler("cuda"))),
         "plugins": "; ".join(map(plugin_fact, rows)) or "none",

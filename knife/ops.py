@@ -485,7 +485,8 @@ def self_test(device: str = "cpu") -> float:
 def _test_kernels(device: str) -> float:
     try:
         with torch.autocast(device, enabled=False):  # whoever asks first may compute at another precision
-            differences = [(got - wanted).abs().max().item() for got, wanted in (*_samples(device), *_convolved(device))]
+            pairs = (*_samples(device), *_convolved(device))
+        differences = [(got - wanted).abs().max().item() for got, wanted in pairs]
     except RuntimeError as problem:
         raise OpsError(f"the kernel for {device} fails its self-test: {problem}") from problem
     difference = math.nan if any(map(math.isnan, differences)) else max(differences)

@@ -19,6 +19,7 @@ class Quality(NamedTuple):
 
 
 SOLVER_NAMES = ("ab2", "dpm2m", "ddim")
+PRECISIONS = ("float32", "bfloat16")
 QUALITIES = {"draft": Quality(10, "ab2"), "standard": Quality(20, "ab2"), "paper": Quality(1000, "ddim")}
 STANDARD = QUALITIES["standard"]
 
@@ -53,6 +54,7 @@ class Settings:
     auto_region: bool = False  # decode again, and let change only where guidance changed most
     extrapolate: bool = False  # let targets lie beyond the values that a guide was trained on
     max_reconstruction: float = 0.1  # error of the unguided round trip, of the range, above which an image is refused
+    precision: str = "float32"  # or bfloat16: what the networks compute in; images and steps stay in float32
     dtype: str = "same"  # what NIfTI results are stored as: the input's integer type if every value fits it, or float32
 
     @property
@@ -61,8 +63,12 @@ class Settings:
         return self.scale is None and self.strength is None
 
     def __post_init__(self) -> None:
-        """Raise SettingsError if a quality or solver is unknown."""
-        for option, value, known in (("quality", self.quality, QUALITIES), ("solver", self.solver, SOLVER_NAMES)):
+        """Raise SettingsError if a quality, solver or precision is unknown."""
+        for option, value, known in (
+            ("quality", self.quality, QUALITIES),
+            ("solver", self.solver, SOLVER_NAMES),
+            ("precision", self.precision, PRECISIONS),
+        ):
             if value is not None and value not in known:
                 raise SettingsError(f"--{option} {value}: unknown; give one of {', '.join(known)}.")
 

@@ -19,8 +19,8 @@ from knife.ddim import (
     SOLVERS,
     Guidance,
     Hold,
+    Network,
     Point,
-    Score,
     Solver,
     balanced,
     decode,
@@ -28,7 +28,7 @@ from knife.ddim import (
     encode,
     keep_outside,
 )
-from knife.devices import enough_memory
+from knife.devices import enough_memory, precision
 from knife.errors import DeviceError, InputError, KnifeError, SamplingError, TaskError
 from knife.image import Image
 from knife.masks import soft_edged
@@ -173,6 +173,15 @@ class Job:
         """Return how often an image is decoded at most."""
         told = self.settings.tolerance is not None or any(guide.told for guide in self.guides)
         return ROUNDS if told and self.settings.closed else 1
+
+    def precisely(self, network: Network) -> Network:
+        """Return a network, or a score, that computes in the precision that the settings say."""
+
+        def answer(x: Tensor, t: Tensor) -> Tensor:
+            with precision(self.device, self.settings.precision):
+                return network(x, t)
+
+        return answer
 
     def name(self, guide: Reader, name: str) -> str:
         """Return what a record calls a guide's number: of several guides, the task is said too."""
@@ -364,7 +373,7 @@ def encoded(job: Job, edits: Sequence[Edit]) -> Start:
         if held:
             trajectory[level] = x
 
-    noisy, last = encode(job.net, x, job.diffusion.card.schedule, levels, climb, job.solver)
+    noisy, last = encode(job.precisely(job.net), x, job.diffusion.card.schedule, levels, climb, job.solver)
     check_sane(job, edits, levels[-1], noisy)
     errors = errors_from_targets(job, edits, x)
     limits = [limits_of(job, errors, i) for i in range(len(edits))]
@@ -391,7 +400,8 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
     guidance = [guidance_of(job, start, number, strengths) for number in range(len(job.guides))]
     clamp = spec.value_range if settings.clamp else None
     schedule, hold = job.diffusion.card.schedule, start.hold
-    walk = (job.net, start.noisy, schedule, job.levels, guidance, clamp, descend, hold, job.solver, start.last)
+    net, levels = job.precisely(job.net), job.levels
+    walk = (net, start.noisy, schedule, levels, guidance, clamp, descend, hold, job.solver, start.last)
     if start.base is not None:
         y = decode(*walk)
     elif settings.control:
@@ -407,7 +417,7 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
 def guidance_of(job: Job, start: Start, number: int, strengths: Sequence[float | None]) -> Guidance:
     """Return how one guide pulls at a batch."""
     guide = job.guides[number]
-    score: Score = guide.task.score(guide.net, targets_of(start.edits, number, start.x))
+    score = job.precisely(guide.task.score(guide.net, targets_of(start.edits, number, start.x)))
     if job.settings.scale is not None:
         return Guidance(score, guide.weight * job.settings.scale, guide.low, guide.high)
     strength = guide.weight * torch.tensor(strengths, dtype=torch.float64, device=start.x.device)

@@ -26,6 +26,7 @@ from knife.devices import enough_memory, keep_freed_memory, resolve_device
 from knife.errors import ApartError, InputError, KnifeError, ModelError, SettingsError, TargetError, TaskError
 from knife.files import shown
 from knife.finite import fill_of
+from knife.graphs import replay
 from knife.image import Image, check_dtype
 from knife.inputs import Place, expand, opened, shard_of
 from knife.judges import Offered, judges_record, offered
@@ -354,6 +355,8 @@ def job_of(
             with suppress(ModelError, TaskError):  # nothing depends on them
                 looking.append(reader(kind, stored))
         net = load(pairs[0].diffusion, device)
+    for one in (net, *(guide.net for guide in guides)):
+        replay(one)
     about = judges_record([guide.judge.net for guide in guides if guide.judge], reasons)
     return Job(pairs[0].diffusion, net, tuple(guides), settings, device, tuple(looking), about)
 

@@ -45,6 +45,21 @@ def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda:2")
 
 
+def test_trainings_take_bfloat16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert not devices.halves("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert devices.halves("cuda:0")
+    assert not devices.halves("cpu")
+
+
+def test_networks_compute_in_the_precision_asked_for() -> None:
+    a, layer = torch.ones(2, 2), torch.nn.Linear(2, 2)
+    for wanted, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        with devices.precision("cpu", wanted):
+            assert layer(a).dtype == dtype
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")]
 )

@@ -27,6 +27,7 @@ def test_it_names_what_matters(shipped):
     status = ops.status("cpu")
     assert facts["ops on cpu"].startswith(f"{status.path} ({status.reason}); self-test: differs by ")
     assert facts["memory"] == keep_freed_memory()
+    assert facts["graphs"].startswith("off")
     assert "regress (knife-diffusion" in facts["plugins"]
     assert facts["write here"].startswith("yes")
     assert facts["shipped models"].startswith("brain/classify, brain/diffusion, brain/regress, brain/segment, photo/")

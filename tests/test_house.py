@@ -21,7 +21,7 @@ FLOORS = {
     2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation"),
     1: (
         "schedule", "spec", "unet", "convolution", "image", "nifti", "picture", "native", "ops", "hookspecs", "devices",
-        "ranks",
+        "ranks", "graphs",
     ),
     0: ("errors", "files", "lock", "finite", "settings", "bootstrap", "streams"),
 }  # fmt: skip
@@ -29,7 +29,7 @@ FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in mod
 SAME_FLOOR = {
     ("files", "errors"), ("lock", "errors"), ("lock", "files"), ("resume", "job"), ("sheets", "job"),
     ("finite", "errors"), ("settings", "errors"), ("finite", "files"), ("spec", "unet"),
-    ("ops", "native"), ("convolution", "ops"), ("unet", "ops"), ("unet", "convolution"),
+    ("ops", "native"), ("graphs", "devices"), ("convolution", "ops"), ("unet", "ops"), ("unet", "convolution"),
     ("image", "nifti"), ("image", "picture"), ("dicom", "volume"),
     ("data", "layouts"), ("diffusers", "interop"),
 }  # fmt: skip

@@ -342,6 +342,24 @@ def test_an_image_that_does_not_come_back_is_refused_alone(models, images):
     assert [t.source.source.paths[0].name for t in done] == [errors[0][1]]
 
 
+def test_networks_compute_in_bfloat16_where_asked_and_images_stay_in_float32(quick):
+    wish = Wish("regress", "0.3")
+    exact = quick(wish, settings=replace(FEW, strength=0.3))
+    coarse = quick(wish, settings=replace(FEW, strength=0.3, precision="bfloat16"))
+    apart, size = (coarse.change - exact.change).abs().mean(), exact.change.abs().mean()
+    assert 0 < apart < 0.1 * size
+    assert coarse.change.dtype == torch.float32
+    assert coarse.record["settings"]["precision"] == "bfloat16"
+    assert coarse.record["before"] == exact.record["before"]  # what a guide reads stays exact
+    still = quick(wish, settings=replace(FEW, strength=0.0, precision="bfloat16"))
+    assert torch.equal(still.result.pixels, still.source.pixels)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(SettingsError, match=r"--precision float16: unknown; give one of float32, bfloat16\."):
+        Settings(precision="float16")
+
+
 def test_the_record_tells_what_other_tasks_see(quick):
     done = quick(Wish("classify", "healthy"), settings=replace(FEW, strength=0.3))
     others = done.record["others"]

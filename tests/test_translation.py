@@ -328,7 +328,7 @@ def test_the_record_says_all_that_was_done(quick, images, models, tmp_path):
         "noise_level": 10, "quality": "standard", "steps": 5, "solver": "ab2", "scale": None,
         "strength": None, "tolerance": None, "batch_size": 8,
         "control": True, "clamp": False, "auto_region": False, "extrapolate": False, "max_reconstruction": 0.1,
-        "dtype": "same",
+        "precision": "float32", "dtype": "same",
     }  # fmt: skip
     hashes = [digest(models / "brain" / f"{kind}.safetensors") for kind in ("diffusion", "segment")]
     assert [(m["dataset"], m["sha256"], m["shipped"]) for m in record["models"]] == [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from knife.cli.options import Device, Json, Models, NoiseLevel, Quality, Steps
+from knife.cli.options import Device, Json, Models, NoiseLevel, Precision, Quality, Steps
 from knife.cli.terminal import give, give_json, progress, say, show_table
 from knife.cli.words import listed_targets, slice_range
 from knife.settings import DEFAULTS, Settings
@@ -143,6 +143,7 @@ def evaluate(
     strength: Annotated[
         float | None, typer.Option("--strength", help="Size of the guidance, fixed; default: what reaches the target.")
     ] = None,
+    precision: Precision = DEFAULTS.precision,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -165,7 +166,9 @@ def evaluate(
             layout=layout,
             slices=slice_range(slices),
             seed=seed,
-            settings=Settings(noise_level=noise_level, quality=quality, steps=steps, strength=strength),
+            settings=Settings(
+                noise_level=noise_level, quality=quality, steps=steps, strength=strength, precision=precision
+            ),
             device=device,
             progress=lambda done, total: show("translating", done, total),
         )

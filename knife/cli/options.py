@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from knife.settings import LEVEL, QUALITIES, SOLVER_NAMES
+from knife.settings import LEVEL, PRECISIONS, QUALITIES, SOLVER_NAMES
 
 NoiseLevel = Annotated[
     int | None, typer.Option("--noise-level", help=f"Level L to encode to; default: as calibrated, else {LEVEL}.")
@@ -27,6 +27,9 @@ Solver = Annotated[
     typer.Option(
         "--solver", help=f"{', '.join(SOLVER_NAMES)} (the paper's, of first order); default: as --quality says."
     ),
+]
+Precision = Annotated[
+    str, typer.Option("--precision", help=f"What networks compute in: {' or '.join(PRECISIONS)}, quicker on new GPUs.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Models = Annotated[Path, typer.Option("--models", help="Folder of trained models.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from knife.cli.options import Device, Json, Models, Nan, NoiseLevel, Quality, Solver, Steps
+from knife.cli.options import Device, Json, Models, Nan, NoiseLevel, Precision, Quality, Solver, Steps
 from knife.cli.terminal import give, give_json, progress, say, show_table, words
 from knife.cli.words import listed_targets, slice_range, span
 from knife.errors import KnifeError, SettingsError
@@ -104,6 +104,7 @@ def translate(
     clamp: Annotated[
         bool, typer.Option("--clamp/--no-clamp", help="Keep the predicted clean image in range.")
     ] = DEFAULTS.clamp,
+    precision: Precision = DEFAULTS.precision,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Voxels of NIfTI results: same (as the input, if all fit) or float32.")
     ] = DEFAULTS.dtype,
@@ -139,6 +140,7 @@ def translate(
         batch_size=batch_size,
         control=control,
         clamp=clamp,
+        precision=precision,
         dtype=dtype,
     )
     failures, done, pages = list[KnifeError](), list[Done](), list["Translation"]()
