@@ -8,7 +8,7 @@ signals       the command itself gets SIGINT, SIGTERM or SIGKILL: a wrong code i
               was done
 calls         the n-th call that touches a file fails (full disk, I/O error, short write, crash), for n = 1, 2, ...
               until a training meets none; then the disk is mended, and the same training must end as the
-              uninterrupted one did
+              uninterrupted one did, or, if it was an image that could not be read, refuse to go on with it
 translations  a folder of images, killed and begun again: missing or torn are results that differ from those of the
               uninterrupted translation, done twice are images translated again though their record was there
 
@@ -38,7 +38,7 @@ from PIL import Image as Picture
 
 from knife import files, resume, spec, tasks, translate
 from knife.checkpoint import Card, read_about, save
-from knife.errors import DiskError, ModelError
+from knife.errors import DiskError, InputError, ModelError, SettingsError
 from knife.job import Run
 from knife.phantom import phantom, write_nifti
 from knife.resume import digest, path_before, resume_path
@@ -251,11 +251,22 @@ def commanded(run: Run) -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+def data_changed(run: Run) -> bool:
+    """Tell whether a training refuses to go on because its images are others than before."""
+    try:
+        finished(run)
+    except SettingsError as error:
+        return "--accept-dataset-change" in str(error)
+    return False
+
+
 def fail_calls(root: Path, stride: int) -> dict[str, int]:
     """Let the n-th call of a training that touches a file fail, for every stride-th n and every way to fail."""
     whole = tiny_run(root, "whole")
     finished(whole)
-    wanted, counts = digest(whole), {"calls": 0, "ended": 0, "refused": 0, "crashed": 0, "mismatched": 0, "other": 0}
+    wanted = digest(whole)
+    names = ("calls", "ended", "refused", "crashed", "without_an_image", "mismatched", "other")
+    counts = dict.fromkeys(names, 0)
     for how in FAILURES:
         for n in range(1, 9999, stride):
             run, failing = tiny_run(root, "run"), Failing(n, how)
@@ -266,20 +277,28 @@ def fail_calls(root: Path, stride: int) -> dict[str, int]:
                 files.os = failing  # type: ignore[assignment]
                 try:
                     finished(run)
-                except DiskError:
-                    sys.exit(4)
+                except (DiskError, InputError) as error:
+                    sys.exit(error.exit_code)
                 finally:
-                    told.write_text(str(failing.reached))
+                    about_image = Path(str(failing.failed)).parent == run.data / "images"
+                    told.write_text(json.dumps({"reached": failing.reached, "image": about_image}))
 
             with child(failed) as number:
                 code = ended(number, 600)
-            name = {0: "ended", 4: "refused", 9: "crashed"}.get(code if code is not None else -1, "other")
+            name = {0: "ended", 2: "refused", 4: "refused", 9: "crashed"}.get(-1 if code is None else code, "other")
             counts["calls"] += 1
             counts[name] += 1
-            timed(lambda run=run: finished(run))
-            counts["mismatched"] += digest(run) != wanted
+            said = json.loads(told.read_text()) if told.exists() else {"reached": True, "image": False}
+            if (
+                code == 0 and said["image"]
+            ):  # one image was left out, and the next run must not take it as if nothing were
+                counts["without_an_image"] += 1
+                counts["mismatched"] += not data_changed(run)
+            else:
+                timed(lambda run=run: finished(run))
+                counts["mismatched"] += digest(run) != wanted
             shutil.rmtree(run.models)
-            if told.exists() and told.read_text() == "False":
+            if not said["reached"]:
                 break
     return counts
 

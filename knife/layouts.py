@@ -787,13 +787,16 @@ def text_of(path: Path) -> str:
     """Read a small text file of a data folder.
 
     Raises:
-        InputError: if it cannot be read as UTF-8.
+        InputError: if it cannot be read, or not as UTF-8.
     """
     try:
         with regular(path) as file:
             data = file.read(LONGEST_TEXT + 1)
         text = data.decode("utf-8-sig")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be read ({reason}); allow it, or look after the disk.") from error
+    except ValueError as error:
         raise InputError(f"{path}: cannot be read ({error}); save it as text in UTF-8.") from error
     if len(data) > LONGEST_TEXT:
         raise InputError(f"{path}: longer than {LONGEST_TEXT} bytes; no list of images is, so split the folder.")

@@ -146,6 +146,7 @@ class Failing:
 
     def __init__(self, n: int, how: int | str, ever: bool = False) -> None:
         self.n, self.how, self.ever, self.count = n, how, ever, 0
+        self.failed: object = None  # what the call that failed was about: a path, or a file descriptor
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -160,6 +161,7 @@ class Failing:
         if isinstance(self.how, int):
             if name == "close":
                 real(*given)  # as Linux does
+            self.failed = given[0]
             raise OSError(self.how, os.strerror(self.how))
         if self.how == "after":
             real(*given)
