@@ -10,7 +10,7 @@ it for a few steps, reads targets and guides towards them. Whatever it breaks ra
 what was found and what is wanted. knife's own tasks pass the same check.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from knife.data import Case, Form, channels_of, image_of, load, stack
 from knife.ddim import slope
+from knife.devices import precision
 from knife.errors import InputError, KnifeError, SettingsError, TargetError, TaskError
 from knife.hookspecs import REQUIRED
 from knife.image import Image
@@ -90,6 +91,7 @@ def check_task(
         wanted = [labels.roll(1, 0), *check_target(trial, config, labels, targets, nonsense)]
         for target in wanted:
             check_guide(trial, net, target)
+        check_bfloat16(trial, net, labels, wanted[0])
         check_twins(trial, net, labels)
         check_evaluate(trial, net, wanted[0], config)
         for target in wanted:
@@ -206,6 +208,22 @@ def check_train(trial: Trial, net: nn.Module, labels: Tensor, steps: int) -> Non
     if not losses[-1] < losses[0]:
         found = f"returned {losses[0]:g} at first and {losses[-1]:g} after {steps} steps of Adam on the same batch"
         raise trial.wrong("train", found, "the loss must fall")
+
+
+def check_bfloat16(trial: Trial, net: nn.Module, labels: Tensor, target: Tensor) -> None:
+    """Check that loss and score can be had where networks compute in bfloat16, as in every training on a GPU."""
+    works: dict[str, Callable[[], object]] = {
+        "train": lambda: trial.task.train(net, trial.x, trial.t, labels),
+        "guide": lambda: trial.task.score(net, target)(trial.x, trial.t),
+    }
+    for hook, work in works.items():
+        try:
+            with precision("cpu", "bfloat16"):
+                work()
+        except TaskError as error:
+            found = f"failed under bfloat16 autocast ({error.__cause__ or error})"
+            wanted = "a network's answer may be bfloat16 there; go on with .float() of it"
+            raise trial.wrong(hook, found, wanted) from error
 
 
 def check_target(

@@ -196,7 +196,7 @@ class UNet(nn.Module):
         h, features = self.down(x, emb)
         for name, block in self.up.items():
             h = block(h if name.endswith("_up") else torch.cat([h, features.pop()], 1), emb)
-        y: Tensor = self.unstem(self.conv_out(self.norm_out(h)))
+        y = self.unstem(self.conv_out(self.norm_out(h))).to(x.dtype)  # autocast may have halved it
         return y if self.training else without_flat(y)
 
 
@@ -221,7 +221,7 @@ class Encoder(nn.Module):
             self.head = zeroed(nn.Linear(width, outputs))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        y: Tensor = self.head(self.pool(*self.down(x, self.embedding(t, label))))
+        y = self.head(self.pool(*self.down(x, self.embedding(t, label)))).to(x.dtype)
         return y if self.training else without_flat(y)
 
     def pool(self, h: Tensor, features: list[Tensor]) -> Tensor:

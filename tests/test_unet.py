@@ -239,3 +239,12 @@ def test_slopes_too_flat_to_matter_are_cut_before_they_become_subnormal(network)
     torch.testing.assert_close(gradient(1e-20) * 1e20, gradient(1.0), rtol=1e-4, atol=1e-6)
     net.train()
     assert gradient(1e-26).abs().max() > 0, "what learns is told everything"
+
+
+@pytest.mark.parametrize("kind", ["unet", "encoder"])
+def test_a_network_that_computes_in_half_precision_answers_in_that_of_the_images(kind):
+    spec = preset("small-64").spec("regress", ("a", "b"))
+    net = (spec.build_unet(2) if kind == "unet" else spec.build_encoder(2)).eval()
+    x, t = torch.randn(1, 2, *spec.size), torch.zeros(1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert net(x, t).dtype == torch.float32

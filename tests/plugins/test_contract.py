@@ -8,6 +8,7 @@ import pytest
 import torch
 from knife_plugins import classify, regress
 from torch import nn
+from torch.nn import functional as F
 
 from knife import hookimpl
 from knife.contract import check_task, proposals
@@ -74,6 +75,11 @@ def unlike(image_spec):
     return Scaled(next(COUNT), 1)
 
 
+def strict(net, x, t, target):
+    told = F.linear(net(x, t)[:, :1], torch.ones(1, 1))[:, 0]  # of the precision that autocast says
+    return -((torch.lerp(torch.zeros(len(x)), torch.ones(len(x)), told) - target) ** 2)
+
+
 def refuse_shortly(text, config):
     raise TargetError("no")
 
@@ -88,6 +94,7 @@ VIOLATIONS = {
     "configure: tensor": (lambda cases: {"mean": torch.ones(1)}, "returned a dict.*JSON"),
     "configure: tuple": (lambda cases: {"range": (0, 1)}, "returned a dict.*JSON"),
     "configure: NaN": (lambda cases: {"low": float("nan")}, "returned a dict.*JSON"),
+    "guide: fails in bfloat16": (strict, r"failed under bfloat16 autocast \(expected dtype"),
     "configure: raises": (lambda cases: {}["low"], "failed: KeyError: 'low'"),
     "label: none": (lambda case: None, "returned nothing; it must return a tensor"),
     "label: number": (lambda case: 0.5, r"returned a float \(0.5\)"),
