@@ -172,11 +172,13 @@ def measure(bench: Bench) -> dict[str, float]:
             (bench.size(diseased, bench.x[diseased]) - true_size(bench, diseased)).abs().mean()
         ),
     }
-    wanted, reached, changes = [], [], []
+    wanted, reached, changes, told = [], [], [], []
     for value in TARGETS:
         y = bench.edit(everything, "regress", f"{value}")
         size = bench.size(everything, y)
         figures[f"regress to {value:g}: judged size (median)"] = float(size.median())
+        figures[f"regress to {value:g}: share within 10 %"] = near(size, torch.full_like(size, value))
+        told.append(torch.tensor([record["after"]["value"] for record in bench.records[-len(y) :]]))
         wanted.append(torch.full_like(size, value))
         reached.append(size)
         changes.append(bench.change(everything, y))
@@ -186,7 +188,8 @@ def measure(bench: Bench) -> dict[str, float]:
     figures["regress: Spearman of target and judged size"] = spearman(both)
     figures["regress: slope of judged size over target"] = slope(both)
     figures["regress: median error of judged size"] = float((want - reach).abs().median())
-    figures["regress: share within 10 % of the target"] = float(((want - reach).abs() <= 0.1 * want).float().mean())
+    figures["regress: share within 10 % of the target"] = near(reach, want)
+    figures["regress: the same as the guide sees it"] = near(torch.cat(told), want.cpu())
     figures["regress: change outside"] = sum(changes) / len(changes)
 
     twins = [phantom(i, seed=bench.seed, relative_size=0.08) for i in range(bench.half)]
@@ -209,6 +212,11 @@ def measure(bench: Bench) -> dict[str, float]:
     )
     figures["decodes an image"] = sum(len(record.get("attempts", [0])) for record in bench.records) / len(bench.records)
     return figures
+
+
+def near(sizes: Tensor, wanted: Tensor) -> float:
+    """Return the share of sizes that are within a tenth of what is wanted."""
+    return float(((wanted - sizes).abs() <= 0.1 * wanted).float().mean())
 
 
 def true_size(bench: Bench, rows: slice) -> Tensor:
