@@ -15,6 +15,7 @@ order takes the same step with another e, made from what the network says here a
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ Score = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N], hi
 Scale = Callable[["Slope", Tensor, Tensor], Tensor]  # (slope, alpha_bar [], the next alpha_bar []) -> s of each, [N]
 Track = Callable[[int, Tensor], None]  # called with (level, x at that level) after every step
 Hold = Callable[[int, Tensor], Tensor]  # (level, x at that level) -> what the walk goes on with
+DRAWS = 64  # levels whose noise is kept for the next decode and the next batch
 FLAT = 1e-30  # a score that slopes less asks for nothing
 WHOLE = 0.05  # strength from which a step may ask for all that its target lacks, if the image shows all of itself
 
@@ -266,8 +268,14 @@ def under_fresh_noise(here: Point, level: int) -> Tensor:
     the image, and stays for the whole walk: a network that meets nothing else is met in its weaknesses. The draw
     depends on the level alone, and is the same for every image, so that no result depends on its batch.
     """
-    noise = torch.randn(here.x.shape[1:], generator=torch.Generator().manual_seed(level)).to(here.x)
+    noise = noise_of(level, here.x.shape[1:], here.x.device, here.x.dtype)
     return here.x + math.sqrt(1 - here.alpha_bar) * (noise - here.eps)
+
+
+@lru_cache(DRAWS)
+def noise_of(level: int, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Draw the noise of a level, [C, H, W], on the CPU, so that it is the same on every device; do not write to it."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(level)).to(device, dtype)
 
 
 def keep_outside(region: Tensor, trajectory: Mapping[int, Tensor]) -> Hold:

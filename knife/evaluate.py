@@ -48,7 +48,7 @@ from knife.pairs import Pair, choose
 from knife.settings import DEFAULTS, Settings, Wish
 from knife.steering import Job, Reader, Ticks, run
 from knife.survey import number_of
-from knife.translation import about_walk, absolute, asked, check, job_of, level_of
+from knife.translation import AUTO, about_walk, absolute, asked, check, job_of, level_of
 from knife.volume import Volume
 
 WHO = ("guide", "judge")
@@ -134,6 +134,7 @@ def evaluate(
     layout: str | None = None,
     slices: tuple[int, int] | None = None,
     seed: int = 0,
+    region: str | None = None,
     settings: Settings = DEFAULTS,
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -152,6 +153,7 @@ def evaluate(
         layout: how `folder` is laid out; None: as in the training, else what fits.
         slices: which axial slices of volumes, first and last + 1; None: as in the training.
         seed: of the images' choice and of the resampling.
+        region: where images may change, as `translate` understands it; None: anywhere.
         settings: noise level, steps, strength and the like; by default as users get them.
         device: auto, cpu, cuda or cuda:N.
         progress: called with (steps done, steps in all) after every step of a batch.
@@ -169,13 +171,14 @@ def evaluate(
     wishes = [Wish(task, target) for target in dict.fromkeys(targets)]
     pair, (where, why) = choose(task, [], models, dataset), resolve_device(device)
     keep_freed_memory()
-    settings = settings.at(level_of([pair]))
+    settings = replace(settings.at(level_of([pair])), auto_region=region == AUTO)
+    region = None if region == AUTO else region
     check(settings, wishes, [pair])
     source = opened(folder, [pair.guide, pair.diffusion], layout, slices)
     samples, skipped = read(set_apart(source, split), form_of(pair.guide.card), count, seed)
     job = job_of([tasks.task(task)], wishes[:1], [pair], settings, where)
-    asks, failed = asks_of(job, wishes, samples)
-    job = replace(job, ticks=Ticks(len(asks), 1 + job.rounds, len(job.levels) - 1, progress))
+    asks, failed = asks_of(job, wishes, region, samples)
+    job = replace(job, ticks=Ticks(len(asks), 1 + settings.auto_region + job.rounds, len(job.levels) - 1, progress))
     rows = [row_of(ask, one) for ask, one in translated(job, asks, failed)]
     images = [image_row(job, sample, rows) for sample in samples]
     parts = {ask.target: [row for row in rows if row["target"] == ask.target] for ask in asks}
@@ -186,6 +189,7 @@ def evaluate(
         "split": split,
         **about_images(source, samples, pair, seed),
         "judge": job.guides[0].judge is not None,
+        "region": AUTO if settings.auto_region else region and without_folder(region),
         "device": f"{where}: {why}",
         **about_walk(job, [pair]),
     }
@@ -280,11 +284,13 @@ def sample_of(entry: Entry, form: Form, source: Volume | None) -> Sample:
     return Sample(entry, replace(image, crop=form.crop, pixels=image.pixels.clone()), case)
 
 
-def asks_of(job: Job, wishes: Sequence[Wish], samples: Sequence[Sample]) -> tuple[list[Ask], list[Row]]:
+def asks_of(
+    job: Job, wishes: Sequence[Wish], region: str | None, samples: Sequence[Sample]
+) -> tuple[list[Ask], list[Row]]:
     """Return what is asked of which image; and of which it cannot be, as a mask that vanishes on it.
 
     Raises:
-        InputError, TargetError: if a target can be asked of no image.
+        InputError, TargetError: if a target can be asked of no image, or a region lies on none.
     """
     asks, failed = list[Ask](), list[Row]()
     for wish in wishes:
@@ -292,7 +298,7 @@ def asks_of(job: Job, wishes: Sequence[Wish], samples: Sequence[Sample]) -> tupl
         for sample in samples:
             try:
                 text = absolute(job, job.guides[0], wish.target, sample.image)
-                _, [edit] = asked(job, [wish._replace(target=text)], None, sample.image)
+                _, [edit] = asked(job, [wish._replace(target=text)], region, sample.image)
                 asks.append(Ask(sample, target, text, edit))
             except (InputError, TargetError) as error:
                 errors.append(error)

@@ -4,6 +4,7 @@ Every durable write of knife goes through `write_safely`; every image is opened 
 """
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -86,6 +87,12 @@ def write_safely(path: Path, data: bytes, before: Path | None = None) -> None:
             os.unlink(temporary)
         raise
     sync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_all(fd: int, data: bytes) -> None:

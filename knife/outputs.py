@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from knife import panel
-from knife.checkpoint import digest
-from knife.errors import DiskError, InputError, KnifeError, ModelError, SettingsError
-from knife.files import room, write_safely
+from knife.errors import DiskError, InputError, KnifeError, SettingsError
+from knife.files import room, sha256_of, write_safely
 from knife.image import NIFTI, SUFFIXES, Image, Nifti, Picture, output_name, own_name, read, suffix_of, write
 from knife.settings import Wish
 from knife.spec import ImageSpec
@@ -154,13 +153,17 @@ def kept_record(files: Files, key: str, written: Sequence[Path]) -> dict[str, An
     try:
         record: dict[str, Any] = json.loads(files.record.read_bytes())
         return record if record["key"] == key and record["sha256"] == hashes(files, written) else None
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, ModelError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
 
 
 def hashes(files: Files, written: Sequence[Path]) -> dict[str, str]:
-    """Return the SHA-256 of files, by their names within the folder of the results."""
-    return {file.relative_to(files.record.parent).as_posix(): digest(file) for file in written}
+    """Return the SHA-256 of files, by their names within the folder of the results.
+
+    Raises:
+        OSError: if one cannot be read.
+    """
+    return {file.relative_to(files.record.parent).as_posix(): sha256_of(file) for file in written}
 
 
 def reread(edit: Edit, pixels: Tensor, record: dict[str, Any], files: Files, spec: ImageSpec) -> Translation:

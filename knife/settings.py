@@ -63,7 +63,7 @@ class Settings:
         return self.scale is None and self.strength is None
 
     def __post_init__(self) -> None:
-        """Raise SettingsError if a quality, solver or precision is unknown."""
+        """Raise SettingsError if a quality, solver or precision is unknown, or the guidance is given twice."""
         for option, value, known in (
             ("quality", self.quality, QUALITIES),
             ("solver", self.solver, SOLVER_NAMES),
@@ -71,6 +71,8 @@ class Settings:
         ):
             if value is not None and value not in known:
                 raise SettingsError(f"--{option} {value}: unknown; give one of {', '.join(known)}.")
+        if self.scale is not None and self.strength is not None:
+            raise SettingsError("--scale and --strength: two ways to say the same; give one of them.")
 
     def at(self, level: int) -> "Settings":
         """Return settings that say a noise level, if they do not yet, steps and solver."""

@@ -793,6 +793,25 @@ def test_an_interrupted_command_ends_by_130_without_a_word(run, monkeypatch):
     assert run("info", "x.nii") == Done(130, "", "")
 
 
+def test_ctrl_c_while_the_program_is_loaded_leaves_no_traceback():
+    early = (
+        "import builtins, runpy\n"
+        "load = builtins.__import__\n"
+        "def interrupted(name, *others, **named):\n"
+        "    if name == 'typer': raise KeyboardInterrupt\n"
+        "    return load(name, *others, **named)\n"
+        "builtins.__import__ = interrupted\n"
+        "runpy.run_module('knife', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", early], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_package_is_a_program_too():
+    done = subprocess.run([sys.executable, "-m", "knife", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"knife {__version__}\n")
+
+
 def test_what_a_terminal_would_obey_is_escaped():
     assert terminal.plain("a\x1b[31mb\nc\u202e\udcffé") == "a\\x1b[31mb\\nc\\u202e\\udcffé"
 

@@ -262,6 +262,22 @@ def test_rows_without_a_value_do_not_count():
 # --------------------------------------------------------------------------------------------------- tasks of each form
 
 
+def test_nothing_changes_outside_a_region(data, judged, tmp_path):
+    found = evaluated(data, judged, tmp_path, "regress", "0.1", region="ellipse:50%,50%,6,5")
+    assert found.about["region"] == "ellipse:50%,50%,6,5"
+    for row in found.rows:
+        assert row["changed_inside"] > 0
+        assert row["changed_outside"] == 0
+
+
+def test_a_region_may_be_found(data, judged, tmp_path):
+    anywhere = evaluated(data, judged, tmp_path, "regress", "0.1")
+    found = evaluated(data, judged, tmp_path, "regress", "0.1", region="auto")
+    assert (anywhere.about["region"], found.about["region"]) == (None, "auto")
+    assert "changed_outside" not in anywhere.rows[0]
+    assert all(row["changed_outside"] == 0 for row in found.rows)
+
+
 def test_masks_are_measured_by_their_dice(data, judged, tmp_path):
     found = evaluated(data, judged, tmp_path, "segment", "ellipse:50%,50%,6,5", "rectangle:40%,40%,30%,30%")
     dice = [1 - row["guide_error"] for row in found.rows]
@@ -418,11 +434,11 @@ def test_a_target_that_some_images_cannot_have_fails_there(monkeypatch):
     monkeypatch.setattr(knife.evaluate, "absolute", lambda job, guide, target, image: target)
     job = SimpleNamespace(guides=[None])
     samples = [Sample(Entry(name, ()), SimpleNamespace(bad=name == "b"), None) for name in "abc"]
-    asks, failed = asks_of(job, [Wish("t", "1")], samples)
+    asks, failed = asks_of(job, [Wish("t", "1")], None, samples)
     assert [one.sample.entry.name for one in asks] == ["a", "c"]
     assert failed == [{"image": "b", "target": "1", "why": "--target 1: vanishes"}]
     with pytest.raises(TargetError, match="nonsense"):
-        asks_of(job, [Wish("t", "1"), Wish("t", "nonsense")], samples)
+        asks_of(job, [Wish("t", "1"), Wish("t", "nonsense")], None, samples)
 
 
 @pytest.mark.parametrize(
@@ -436,6 +452,7 @@ def test_a_target_that_some_images_cannot_have_fails_there(monkeypatch):
         ({"dataset": "nobody"}, ModelError, "no trained models in .* under the name nobody"),
         ({"settings": Settings(noise_level=51)}, SettingsError, "--noise-level 51"),
         ({"layout": "nonsense"}, SettingsError, "--layout nonsense"),
+        ({"region": "nowhere.nii"}, InputError, "nowhere.nii: no such file"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(data, models, tmp_path, options, error, words):
@@ -489,6 +506,8 @@ def test_tables_files_and_doubts(command, found):
     assert asked["told"] == ("brain", Path("d"), "regress", ["1"])
     assert (asked["out"], asked["split"], asked["seed"]) == (Path("evaluated/brain_regress"), "val", 9)
     assert (asked["slices"], asked["settings"]) == ((3, 5), Settings(steps=7))
+    asked, _ = command("--region", "auto", "--tolerance", "0.01", "--solver", "ddim", "--batch-size", "3")
+    assert (asked["region"], asked["settings"]) == ("auto", Settings(tolerance=0.01, solver="ddim", batch_size=3))
     lines = said.out.splitlines()
     assert lines[0].startswith("regress: 5 images of 5 patients (test), 15 translations; models brain; noise level 10")
     assert lines[-3:] == [str(file) for file in evaluation.files]

@@ -43,8 +43,8 @@ ONLY = {  # a library: the modules that may import it
     "jinja2": {"report"},
 }
 PLUGINS_MAY = {"knife.hookspecs", "knife.errors", "knife.unet", "knife.image", "knife.masks"}
-MODULES = sorted(path for path in (ROOT / "knife").glob("*.py") if path.stem != "__init__")
-COMMAND_LINE = sorted((ROOT / "knife" / "cli").glob("*.py"))
+MODULES = sorted(path for path in (ROOT / "knife").glob("*.py") if path.stem not in ("__init__", "__main__"))
+COMMAND_LINE = [ROOT / "knife" / "__main__.py", *sorted((ROOT / "knife" / "cli").glob("*.py"))]
 
 
 def imports(path: Path) -> set[str]:

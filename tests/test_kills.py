@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+import knife.outputs
 from knife import cli, resume, spec
 from knife.checkpoint import describe, read_tensors
 from knife.cli import terminal, training
@@ -237,3 +238,21 @@ def test_results_whose_folder_is_removed_meanwhile_are_made_by_the_same_command(
     assert endurance.results_of(out).keys() < wanted.keys()
     assert len([*translated(out)]) == 3
     assert endurance.results_of(out) == wanted
+
+
+def test_a_result_that_is_removed_before_it_is_hashed_is_refused_as_what_the_disk_did(tmp_path, monkeypatch) -> None:
+    endurance.store_models(tmp_path / "models")
+    endurance.write_nifti(tmp_path / "in.nii", endurance.phantom(0, size=16).pixels)
+    written = knife.outputs.sha256_of
+
+    def removed(path: Path) -> str:
+        path.unlink()
+        return written(path)
+
+    monkeypatch.setattr(knife.outputs, "sha256_of", removed)
+    wish = endurance.Wish("regress", "0.3")
+    coming = translations(
+        tmp_path / "in.nii", wish, out=tmp_path / "out", models=tmp_path / "models", settings=endurance.QUICK
+    )
+    with pytest.raises(DiskError, match=r"-o .*out: cannot be written to"):
+        next(coming)

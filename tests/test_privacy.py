@@ -330,9 +330,15 @@ def isolated() -> list[str]:
 
 
 def test_no_command_asks_for_the_network(denied, models: Path, images: Path) -> None:
-    words = ("--noise-level", "10", "--steps", "2", "--strength", "0.2", "--models", models, "--dataset", "brain")
+    quick = ("--noise-level", "10", "--steps", "2", "--strength", "0.2")
+    words, few = (*quick, "--models", models, "--dataset", "brain"), ("--count", "1", *quick, "--models", models)
     for command in (
         ("translate", images / "slice.nii", "--task", "regress", "--target", "0.3", *words, "--report"),
+        ("phantom", "heads", "--count", "16", "--size", "32"),
+        ("data", "check", "heads"),
+        ("train", "diffusion", "--data", "heads", "--steps", "1", "--batch-size", "1"),
+        ("evaluate", "brain", "--data", "heads", "--task", "regress", "--targets", "0.1", "--split", "train", *few),
+        ("plugins", "list"),
         ("doctor",),
     ):
         done = denied(*command)

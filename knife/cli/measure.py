@@ -6,7 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from knife.cli.options import Device, Json, Models, NoiseLevel, Precision, Quality, Steps
+from knife.cli.options import (
+    BatchSize,
+    Device,
+    Json,
+    Models,
+    NoiseLevel,
+    Precision,
+    Quality,
+    Region,
+    Scale,
+    Solver,
+    Steps,
+    Strength,
+    Tolerance,
+)
 from knife.cli.terminal import give, give_json, progress, say, show_table
 from knife.cli.words import listed_targets, slice_range
 from knife.settings import DEFAULTS, Settings
@@ -137,12 +151,15 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Folder for the results; default: evaluated/DATASET_TASK.")
     ] = None,
+    region: Region = None,
     noise_level: NoiseLevel = None,
     quality: Quality = DEFAULTS.quality,
     steps: Steps = None,
-    strength: Annotated[
-        float | None, typer.Option("--strength", help="Size of the guidance, fixed; default: what reaches the target.")
-    ] = None,
+    solver: Solver = None,
+    scale: Scale = None,
+    strength: Strength = None,
+    tolerance: Tolerance = None,
+    batch_size: BatchSize = DEFAULTS.batch_size,
     precision: Precision = DEFAULTS.precision,
     device: Device = "auto",
     as_json: Json = False,
@@ -166,8 +183,17 @@ def evaluate(
             layout=layout,
             slices=slice_range(slices),
             seed=seed,
+            region=region,
             settings=Settings(
-                noise_level=noise_level, quality=quality, steps=steps, strength=strength, precision=precision
+                noise_level=noise_level,
+                quality=quality,
+                steps=steps,
+                solver=solver,
+                scale=scale,
+                strength=strength,
+                tolerance=tolerance,
+                batch_size=batch_size,
+                precision=precision,
             ),
             device=device,
             progress=lambda done, total: show("translating", done, total),
@@ -226,7 +252,8 @@ def cautions(found: "Evaluation") -> Iterator[str]:
         yield "Take care: the models' training kept to another split.json, and may have seen these images."
     if about["patients"] < FEW:
         yield f"Take care: {about['patients']} patients; that says little."
-    if not any("reached" in row for row in found.rows) and about["settings"]["strength"] is None:
+    fixed = any(about["settings"][name] is not None for name in ("scale", "strength"))
+    if not fixed and not any("reached" in row for row in found.rows):
         yield (
             f"Take care: nothing tells how near a target is near enough for {task}, so no edit was adjusted until it "
             "was there; a guide's card tells that once its training went on with a task that says its error."

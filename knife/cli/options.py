@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from knife.settings import LEVEL, PRECISIONS, QUALITIES, SOLVER_NAMES
+from knife.settings import FIRST, LEVEL, PRECISIONS, QUALITIES, SOLVER_NAMES
 
 NoiseLevel = Annotated[
     int | None, typer.Option("--noise-level", help=f"Level L to encode to; default: as calibrated, else {LEVEL}.")
@@ -28,6 +28,30 @@ Solver = Annotated[
         "--solver", help=f"{', '.join(SOLVER_NAMES)} (the paper's, of first order); default: as --quality says."
     ),
 ]
+Scale = Annotated[float | None, typer.Option("--scale", help="The paper's s, fixed.")]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        "--strength",
+        help=f"Size of the guidance against the noise's, fixed; default: {FIRST} or what reaches the target.",
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        help="How near the target is near enough; default: a tenth of the way, or twice the guide's error if less.",
+    ),
+]
+Region = Annotated[
+    str | None,
+    typer.Option(
+        "--region",
+        help="Where images may change: a mask, ellipse:cx,cy,rx,ry, or auto, where they change most; "
+        "default: anywhere, as growing tumours push what is round them.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Images translated at once.")]
 Precision = Annotated[
     str, typer.Option("--precision", help=f"What networks compute in: {' or '.join(PRECISIONS)}, quicker on new GPUs.")
 ]

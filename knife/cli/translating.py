@@ -8,11 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from knife.cli.options import Device, Json, Models, Nan, NoiseLevel, Precision, Quality, Solver, Steps
+from knife.cli.options import (
+    BatchSize,
+    Device,
+    Json,
+    Models,
+    Nan,
+    NoiseLevel,
+    Precision,
+    Quality,
+    Region,
+    Scale,
+    Solver,
+    Steps,
+    Strength,
+    Tolerance,
+)
 from knife.cli.terminal import give, give_json, progress, say, show_table, words
 from knife.cli.words import listed_targets, slice_range, span
 from knife.errors import KnifeError, SettingsError
-from knife.settings import DEFAULTS, FIRST, Settings, Wish
+from knife.settings import DEFAULTS, Settings, Wish
 
 if TYPE_CHECKING:
     from knife.inputs import Shard
@@ -61,33 +76,14 @@ def translate(
     one_slice: Annotated[
         int | None, typer.Option("--slice", help="One axial slice of a volume, written as an image too.")
     ] = None,
-    region: Annotated[
-        str | None,
-        typer.Option(
-            "--region",
-            help="Where images may change: a mask, ellipse:cx,cy,rx,ry, or auto, where they change most; "
-            "default: anywhere, as growing tumours push what is round them.",
-        ),
-    ] = None,
+    region: Region = None,
     noise_level: NoiseLevel = None,
     quality: Quality = DEFAULTS.quality,
     steps: Steps = None,
     solver: Solver = None,
-    scale: Annotated[float | None, typer.Option("--scale", help="The paper's s, fixed.")] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            "--strength",
-            help=f"Size of the guidance against the noise's, fixed; default: {FIRST} or what reaches the target.",
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            "--tolerance",
-            help="How near the target is near enough; default: a tenth of the way, or twice the guide's error if less.",
-        ),
-    ] = None,
+    scale: Scale = None,
+    strength: Strength = None,
+    tolerance: Tolerance = None,
     extrapolate: Annotated[
         bool, typer.Option("--allow-extrapolation", help="Allow targets beyond the values that a guide was trained on.")
     ] = False,
@@ -97,7 +93,7 @@ def translate(
             "--max-reconstruction", help="Refuse images that the model gives back, unguided, with a larger mean error."
         ),
     ] = DEFAULTS.max_reconstruction,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images translated at once.")] = DEFAULTS.batch_size,
+    batch_size: BatchSize = DEFAULTS.batch_size,
     control: Annotated[
         bool, typer.Option("--control/--no-control", help="Add to the input only what guidance changed.")
     ] = DEFAULTS.control,
@@ -123,8 +119,6 @@ def translate(
     from knife.ranks import own_device
     from knife.translation import translations
 
-    if scale is not None and strength is not None:
-        raise SettingsError("--scale and --strength: two ways to say the same; give one of them.")
     if slices is not None and one_slice is not None:
         raise SettingsError("--slices and --slice: two ways to say the same; give one of them.")
     settings = Settings(
@@ -330,7 +324,7 @@ def sweep(
     one_slice: Annotated[int | None, typer.Option("--slice", help="Axial slice of a volume.")] = None,
     quality: Quality = DEFAULTS.quality,
     steps: Steps = None,
-    strength: Annotated[float | None, typer.Option("--strength", help="Size of the guidance.")] = None,
+    strength: Strength = None,
     nan: Nan = None,
     device: Device = "auto",
 ) -> None:
