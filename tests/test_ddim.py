@@ -25,6 +25,7 @@ from knife.ddim import (
     decode_with_control,
     encode,
     keep_outside,
+    noise_of,
     slope,
     under_fresh_noise,
 )
@@ -402,6 +403,15 @@ def test_fresh_noise_leaves_the_predicted_image_and_is_the_same_for_all():
     other = under_fresh_noise(here, level + 1)
     assert not torch.allclose(seen, other, atol=0.1)
     torch.testing.assert_close(under_fresh_noise(here.part(slice(1)), level), seen[:1], rtol=0, atol=0)
+
+
+def test_the_noise_of_a_level_is_drawn_once_for_all_batches():
+    shape, cpu = torch.Size((2, 4, 4)), torch.device("cpu")
+    noise = noise_of(300, shape, cpu, torch.float64)
+    assert (noise.shape, noise.dtype) == (shape, torch.float64)
+    assert noise_of(300, shape, cpu, torch.float64) is noise
+    assert noise_of(300, shape, torch.device("meta"), torch.float64).device.type == "meta"
+    assert torch.equal(noise_of(300, shape, cpu, torch.float32).double(), noise)  # the same in every precision
 
 
 def test_fresh_noise_differs_between_channels_and_leaves_other_draws_alone():

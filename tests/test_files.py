@@ -10,7 +10,7 @@ import pytest
 
 from knife import files
 from knife.errors import InputError
-from knife.files import make_folder, refusing, regular, remove_left_behind, room, shown, write_safely
+from knife.files import make_folder, refusing, regular, remove_left_behind, room, sha256_of, shown, write_safely
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,13 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(FileNotFoundError), regular(tmp_path / "dangling"):
         pass
+
+
+def test_the_hash_is_that_of_sha256(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    with pytest.raises(FileNotFoundError):
+        sha256_of(tmp_path / "g")
 
 
 def test_writing_makes_folders_and_replaces(tmp_path: Path) -> None:
