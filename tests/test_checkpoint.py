@@ -222,6 +222,15 @@ def test_missing_files_folders_and_fifos_are_refused(tmp_path: Path) -> None:
         digest(tmp_path / "gone")
 
 
+@pytest.mark.parametrize(
+    ("length", "reason"),
+    [(10**8, "SafetensorError"), (10**8 + 1, "a header of 100000001 bytes"), (1 << 56, f"a header of {1 << 56} bytes")],
+)
+def test_a_header_longer_than_safetensors_allows_is_refused_unread(tmp_path: Path, length: int, reason: str) -> None:
+    (tmp_path / "long.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
+    assert f"({reason})" in refused(tmp_path / "long.safetensors")
+
+
 @pytest.mark.parametrize("when", ["open", "get_tensor"])
 def test_what_the_disk_refuses_to_read_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
