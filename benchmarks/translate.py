@@ -1,7 +1,7 @@
 """Seconds per image, by task: a whole call of `knife.translate`, models read and files written.
 
-    python benchmarks/translate.py [--batch-sizes 1,8] [--noise-level L] [--steps N] [--repeats 3] [--models DIR]
-                                   [--figure batch.png]
+    python benchmarks/translate.py [--batch-sizes 1,8] [--noise-level L] [--steps N] [--repeats 3] [--images N]
+                                   [--models DIR] [--figure batch.png]
 
 Images are phantoms. Prints a table (medians over the repeats) and, last, one JSON line; draws the seconds over the
 batch if asked to.
@@ -20,6 +20,7 @@ import torch
 
 from knife import ops, panel
 from knife.devices import resolve_device
+from knife.graphs import in_words
 from knife.phantom import phantom, write_nifti
 from knife.settings import PRECISIONS, Settings, Wish
 from knife.translation import translate
@@ -32,7 +33,8 @@ def measure(task: str, batch: int, folder: Path, options: argparse.Namespace) ->
     given = {"noise_level": options.noise_level, "steps": options.steps}
     known = {name: value for name, value in given.items() if value is not None}
     settings = Settings(batch_size=batch, precision=options.precision, **known)
-    images = [folder / f"{i}.nii" for i in range(batch)]
+    count = max(batch, options.images)
+    images = [folder / f"{i}.nii" for i in range(count)]
     target = str(folder / TARGETS[task]) if task == "segment" else TARGETS[task]
     seconds = []
     for repeat in range(options.repeats + 1):
@@ -45,7 +47,7 @@ def measure(task: str, batch: int, folder: Path, options: argparse.Namespace) ->
             settings=settings,
             device=options.device,
         )
-        seconds.append((time.perf_counter() - began) / batch)
+        seconds.append((time.perf_counter() - began) / count)
     return statistics.median(seconds[1:])  # the first run warms up
 
 
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--noise-level", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, default=1, help="of each call, if more than the batch")
     parser.add_argument("--models", type=Path, help="folder of trained models; default: the shipped ones")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
@@ -65,7 +68,7 @@ def main() -> None:
     figures: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for i in range(max(batches)):
+        for i in range(max(*batches, options.images)):
             write_nifti(folder / f"{i}.nii", phantom(i, seed=5).pixels)
         write_nifti(folder / "mask.nii", phantom(0, seed=5, relative_size=0.1).mask)
         print(f"{'task':<10}" + "".join(f"batch {batch:<3} s/image  " for batch in batches))
@@ -82,11 +85,9 @@ def main() -> None:
     machine = (
         torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
-    print(
-        json.dumps(
-            {"seconds_per_image": figures, "machine": machine, "ops": ops.status().path, "torch": torch.__version__}
-        )
-    )
+    ways = {"precision": options.precision, "graphs": in_words(), "images": options.images}
+    about = {**ways, "machine": machine, "ops": ops.status().path, "torch": torch.__version__}
+    print(json.dumps({"seconds_per_image": figures, **about}))
 
 
 if __name__ == "__main__":

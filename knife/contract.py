@@ -10,8 +10,9 @@ it for a few steps, reads targets and guides towards them. Whatever it breaks ra
 what was found and what is wanted. knife's own tasks pass the same check.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -211,19 +212,33 @@ def check_train(trial: Trial, net: nn.Module, labels: Tensor, steps: int) -> Non
 
 
 def check_bfloat16(trial: Trial, net: nn.Module, labels: Tensor, target: Tensor) -> None:
-    """Check that loss and score can be had where networks compute in bfloat16, as in every training on a GPU."""
-    works: dict[str, Callable[[], object]] = {
-        "train": lambda: trial.task.train(net, trial.x, trial.t, labels),
-        "guide": lambda: trial.task.score(net, target)(trial.x, trial.t),
-    }
-    for hook, work in works.items():
+    """Check that loss and score have gradients where networks compute in bfloat16, as in every training on a GPU.
+
+    It is tried on the CPU, whose autocast is much like a GPU's.
+    """
+
+    def trained() -> Tensor:
+        training = deepcopy(net).train().requires_grad_()
+        with precision("cpu", "bfloat16"):
+            loss = trial.task.train(training, trial.x, trial.t, labels)
+        torch.autograd.backward(loss)
+        return loss
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        with precision("cpu", "bfloat16"):
+            return trial.task.score(net, target)(x, t)
+
+    def guided() -> Tensor:
+        return slope(score, trial.x, trial.t).gradient
+
+    wanted = "a network's answer may be bfloat16 there; go on with .float() of it"
+    for hook, work in (("train", trained), ("guide", guided)):
         try:
-            with precision("cpu", "bfloat16"):
-                work()
-        except TaskError as error:
-            found = f"failed under bfloat16 autocast ({error.__cause__ or error})"
-            wanted = "a network's answer may be bfloat16 there; go on with .float() of it"
-            raise trial.wrong(hook, found, wanted) from error
+            found = work()
+        except (TaskError, RuntimeError) as error:
+            raise trial.wrong(hook, f"failed under bfloat16 autocast ({error.__cause__ or error})", wanted) from error
+        if not bool(found.isfinite().all()):
+            raise trial.wrong(hook, "leads to values that are not finite under bfloat16 autocast", wanted)
 
 
 def check_target(

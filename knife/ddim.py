@@ -30,7 +30,7 @@ Score = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N], hi
 Scale = Callable[["Slope", Tensor, Tensor], Tensor]  # (slope, alpha_bar [], the next alpha_bar []) -> s of each, [N]
 Track = Callable[[int, Tensor], None]  # called with (level, x at that level) after every step
 Hold = Callable[[int, Tensor], Tensor]  # (level, x at that level) -> what the walk goes on with
-DRAWS = 64  # levels whose noise is kept for the next decode and the next batch
+DRAWS = 64  # levels whose noise is kept for the next decode and batch; a walk of more draws it anew
 FLAT = 1e-30  # a score that slopes less asks for nothing
 WHOLE = 0.05  # strength from which a step may ask for all that its target lacks, if the image shows all of itself
 

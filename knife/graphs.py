@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def in_words() -> str:
 
 
 def replay(net: nn.Module) -> None:
-    """Let a frozen network's calls on a GPU be replayed, if that is wanted.
+    """Let a frozen network's calls on a GPU be replayed, if that is wanted; one thread alone may call it then.
 
     The module stays the same object with the same attributes. It must compute the same operations on every call.
 
@@ -50,11 +51,32 @@ def replay(net: nn.Module) -> None:
         SettingsError: as `wanted`.
     """
     if wanted() and not isinstance(net.forward, Replayed):
-        net.forward = Replayed(net.forward)
+        net.forward = Replayed(weakly(net.forward))
+
+
+def forget(net: nn.Module) -> None:
+    """Give up what was recorded of a network, and the memory that it keeps."""
+    if isinstance(net.forward, Replayed):
+        net.forward.graphs.clear()
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that does not keep its object alive, so that the object may hold it."""
+    held = WeakMethod(method)
+
+    def call(*inputs: Any, **named: Any) -> Any:
+        living = held()
+        assert living is not None, "its object is gone"
+        return living(*inputs, **named)
+
+    return call
 
 
 class Replayed:
     """The forward of a network; calls whose arguments are all tensors on a GPU are recorded, then replayed.
+
+    A replay writes where the one before it did. So its answer is copied, and while the gradient of one call is still to
+    come, others of that shape are computed anew.
 
     Args:
         forward: what to record; of tensors it makes a tensor.
@@ -64,24 +86,33 @@ class Replayed:
     def __init__(self, forward: Callable[..., Any], kind: str = "cuda") -> None:
         self.forward, self.kind = forward, kind
         self.graphs: dict[object, Callable[..., Tensor]] = {}
+        self.awaited = set[object]()  # the shapes of calls whose gradient is still to come
         self.refused: str | None = None  # why the network cannot be recorded
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         if named or self.refused or not all(isinstance(x, Tensor) and x.device.type == self.kind for x in inputs):
             return self.forward(*inputs, **named)
         shape = (torch.is_grad_enabled(), computed_in(self.kind), *map(look, inputs))
-        if shape not in self.graphs:
-            if len(self.graphs) == MOST:
-                return self.forward(*inputs)
+        if shape in self.awaited or not self.recorded(shape, inputs):
+            return self.forward(*inputs)
+        answer = self.graphs[shape](*inputs).clone()
+        if answer.requires_grad:
+            self.awaited.add(shape)
+            answer.register_hook(lambda gradient: self.awaited.discard(shape))
+        return answer
+
+    def recorded(self, shape: object, inputs: tuple[Tensor, ...]) -> bool:
+        """Tell whether there is a recording for a shape, or can be now."""
+        if shape not in self.graphs and len(self.graphs) < MOST:
             try:
                 self.graphs[shape] = record(self.forward, inputs)
             except RuntimeError as error:
                 if ran_out_of_memory(error):
                     raise
-                self.refused = f"{type(error).__name__}: {error}"
-                warnings.warn(f"KNIFE_GRAPHS=on: a network cannot be recorded ({self.refused})", stacklevel=2)
-                return self.forward(*inputs)
-        return self.graphs[shape](*inputs).clone()  # the next call writes over what this one answers
+                cause = error.__context__ or error  # what ends a recording comes after what broke it
+                self.refused = f"{type(cause).__name__}: {cause}"
+                warnings.warn(f"KNIFE_GRAPHS=on: a network cannot be recorded ({self.refused})", stacklevel=3)
+        return shape in self.graphs
 
 
 def record(forward: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
@@ -95,7 +126,9 @@ def record(forward: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[
         return made
 
     capture: Any = torch.cuda.make_graphed_callables  # the declared types know modules and functions as one
-    replayed: Callable[..., Tensor] = capture(plain, samples)
+    where = {x.device for x in samples if x.is_cuda}
+    with torch.cuda.stream(torch.cuda.current_stream(where.pop()) if where else None):  # on the GPU of the inputs,
+        replayed: Callable[..., Tensor] = capture(plain, samples)  # and back on this stream if it fails
     return replayed
 
 

@@ -30,6 +30,7 @@ from knife.ddim import (
 )
 from knife.devices import enough_memory, precision
 from knife.errors import DeviceError, InputError, KnifeError, SamplingError, TaskError
+from knife.graphs import forget
 from knife.image import Image
 from knife.masks import soft_edged
 from knife.outputs import Edit, Translation, wanted_masks
@@ -259,6 +260,8 @@ def run(job: Job, batches: Iterable[Sequence[Edit]], failed: Failed | None = Non
                 if len(part) == 1:
                     raise
                 size = len(part) // 2
+                for net in (job.net, *(guide.net for guide in job.guides)):
+                    forget(net)  # recordings of the larger batch would keep their memory
                 continue
             yield from done
             rest = rest[len(part) :]

@@ -355,8 +355,9 @@ def job_of(
             with suppress(ModelError, TaskError):  # nothing depends on them
                 looking.append(reader(kind, stored))
         net = load(pairs[0].diffusion, device)
-    for one in (net, *(guide.net for guide in guides)):
-        replay(one)
+    if not any(wish.target.startswith("by:") for wish in wishes):  # these ask the guide where images are read
+        for one in (net, *(guide.net for guide in guides)):
+            replay(one)
     about = judges_record([guide.judge.net for guide in guides if guide.judge], reasons)
     return Job(pairs[0].diffusion, net, tuple(guides), settings, device, tuple(looking), about)
 

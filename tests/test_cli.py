@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -337,13 +337,23 @@ def test_json_holds_the_records(run, images, models):
     assert {**stored, "folder": "translated"} == record
 
 
-def test_defaults_stand_in_one_place(run, images, shipped, monkeypatch):
+def test_every_knob_reaches_the_settings_and_defaults_stand_in_one_place(run, images, shipped, monkeypatch):
     seen = []
     monkeypatch.setattr(translation, "translations", lambda *_, settings, **__: seen.append(settings) or [])
-    for options in ((), ("--noise-level", 7), ("--no-clamp",), ("--strength", 0.7)):
-        run("translate", images / "slice.nii", "--task", "regress", "--target", "0.3", *options)
-    strong = replace(DEFAULTS, strength=0.7)
-    assert seen == [DEFAULTS, Settings(noise_level=7), replace(DEFAULTS, clamp=False), strong]
+    knobs = {
+        "noise_level": 7, "quality": "draft", "steps": 9, "solver": "dpm2m", "scale": 2.0, "strength": 0.7, "tolerance": 0.01,
+        "batch_size": 3, "max_reconstruction": 0.2, "precision": "bfloat16", "dtype": "float32",
+    }  # fmt: skip
+    switches = {"extrapolate": "--allow-extrapolation", "clamp": "--clamp", "control": "--no-control"}
+    assert {*knobs, *switches, "auto_region"} == {field.name for field in fields(Settings)}
+    command = ("translate", images / "slice.nii", "--task", "regress", "--target", "0.3")
+    run(*command)
+    for name, value in knobs.items():
+        run(*command, f"--{name.replace('_', '-')}", value)
+    for switch in switches.values():
+        run(*command, switch)
+    wanted = [*knobs.items(), *((name, not getattr(DEFAULTS, name)) for name in switches)]
+    assert seen == [DEFAULTS, *(replace(DEFAULTS, **{name: value}) for name, value in wanted)]
 
 
 def test_a_folder_and_a_case_of_four_files(run, images, shipped):

@@ -506,8 +506,11 @@ def test_tables_files_and_doubts(command, found):
     assert asked["told"] == ("brain", Path("d"), "regress", ["1"])
     assert (asked["out"], asked["split"], asked["seed"]) == (Path("evaluated/brain_regress"), "val", 9)
     assert (asked["slices"], asked["settings"]) == ((3, 5), Settings(steps=7))
-    asked, _ = command("--region", "auto", "--tolerance", "0.01", "--solver", "ddim", "--batch-size", "3")
-    assert (asked["region"], asked["settings"]) == ("auto", Settings(tolerance=0.01, solver="ddim", batch_size=3))
+    knobs = "--region auto --tolerance 0.01 --solver ddim --batch-size 3 --precision bfloat16 --scale 2"
+    asked, _ = command(*knobs.split(), "--allow-extrapolation", "--max-reconstruction", "0.2")
+    walk = Settings(tolerance=0.01, solver="ddim", batch_size=3, precision="bfloat16", scale=2)
+    assert asked["settings"] == replace(walk, extrapolate=True, max_reconstruction=0.2)
+    assert asked["region"] == "auto"
     lines = said.out.splitlines()
     assert lines[0].startswith("regress: 5 images of 5 patients (test), 15 translations; models brain; noise level 10")
     assert lines[-3:] == [str(file) for file in evaluation.files]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from knife.phantom import phantom, write_nifti
 from knife.schedule import Schedule
 from knife.settings import Settings, Wish
 from knife.spec import ImageSpec
+from knife.steering import Reader
 from knife.tasks import task
 from knife.translation import translate, translations
 
@@ -720,12 +722,30 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(quick, images, monkeypa
         return real(net, x, *arguments)
 
     whole = quick([images / "slice.nii", images / "healthy.nii"] * 3, "regress", "0.3")
+    forgotten = []
     monkeypatch.setattr(module, "decode_with_control", decode)
+    monkeypatch.setattr(module, "forget", forgotten.append)
     halved = quick([images / "slice.nii", images / "healthy.nii"] * 3, "regress", "0.3")
     assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert (len(forgotten), len({*forgotten})) == (4, 2)  # what was recorded of both networks, each time
     for one, other in zip(whole, halved, strict=True):
         assert one.source.source.paths == other.source.source.paths
         torch.testing.assert_close(one.change, other.change, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("target", "recorded"), [("0.3", 2), ("by:+10%", 0)])
+def test_calls_are_recorded_if_one_thread_alone_makes_them(quick, images, monkeypatch, target, recorded):
+    replayed, asked, real = [], set(), Reader.numbers
+
+    def numbers(reader, *arguments):
+        asked.add(threading.get_ident())
+        return real(reader, *arguments)
+
+    monkeypatch.setattr(translation, "replay", replayed.append)
+    monkeypatch.setattr(Reader, "numbers", numbers)
+    quick([images / "slice.nii", images / "healthy.nii"], "regress", target, settings=replace(FEW, batch_size=1))
+    assert len(replayed) == recorded
+    assert recorded == 0 or asked == {threading.get_ident()}
 
 
 def test_an_image_that_fails_takes_no_other_with_it(quick, images, tmp_path, monkeypatch):

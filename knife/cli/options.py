@@ -51,10 +51,17 @@ Region = Annotated[
         "default: anywhere, as growing tumours push what is round them.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Images translated at once.")]
-Precision = Annotated[
-    str, typer.Option("--precision", help=f"What networks compute in: {' or '.join(PRECISIONS)}, quicker on new GPUs.")
+Extrapolate = Annotated[
+    bool, typer.Option("--allow-extrapolation", help="Allow targets beyond the values that a guide was trained on.")
 ]
+MaxReconstruction = Annotated[
+    float,
+    typer.Option(
+        "--max-reconstruction", help="Refuse images that the model gives back, unguided, with a larger mean error."
+    ),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Images translated at once.")]
+Precision = Annotated[str, typer.Option("--precision", help=f"What networks compute in: {' or '.join(PRECISIONS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Models = Annotated[Path, typer.Option("--models", help="Folder of trained models.")]
 Nan = Annotated[

@@ -11,7 +11,9 @@ import typer
 from knife.cli.options import (
     BatchSize,
     Device,
+    Extrapolate,
     Json,
+    MaxReconstruction,
     Models,
     Nan,
     NoiseLevel,
@@ -84,15 +86,8 @@ def translate(
     scale: Scale = None,
     strength: Strength = None,
     tolerance: Tolerance = None,
-    extrapolate: Annotated[
-        bool, typer.Option("--allow-extrapolation", help="Allow targets beyond the values that a guide was trained on.")
-    ] = False,
-    max_reconstruction: Annotated[
-        float,
-        typer.Option(
-            "--max-reconstruction", help="Refuse images that the model gives back, unguided, with a larger mean error."
-        ),
-    ] = DEFAULTS.max_reconstruction,
+    extrapolate: Extrapolate = DEFAULTS.extrapolate,
+    max_reconstruction: MaxReconstruction = DEFAULTS.max_reconstruction,
     batch_size: BatchSize = DEFAULTS.batch_size,
     control: Annotated[
         bool, typer.Option("--control/--no-control", help="Add to the input only what guidance changed.")

@@ -80,6 +80,14 @@ def strict(net, x, t, target):
     return -((torch.lerp(torch.zeros(len(x)), torch.ones(len(x)), told) - target) ** 2)
 
 
+def blown_up(net, x, t, label):
+    return F.mse_loss(net(x, t)[:, 0], label) / (not torch.is_autocast_enabled("cpu"))
+
+
+def detached(net, x, t, target):
+    return -((net(x.detach() if torch.is_autocast_enabled("cpu") else x, t)[:, 0] - target) ** 2)
+
+
 def refuse_shortly(text, config):
     raise TargetError("no")
 
@@ -95,6 +103,8 @@ VIOLATIONS = {
     "configure: tuple": (lambda cases: {"range": (0, 1)}, "returned a dict.*JSON"),
     "configure: NaN": (lambda cases: {"low": float("nan")}, "returned a dict.*JSON"),
     "guide: fails in bfloat16": (strict, r"failed under bfloat16 autocast \(expected dtype"),
+    "train: infinite in bfloat16": (blown_up, "leads to values that are not finite under bfloat16 autocast"),
+    "guide: detached in bfloat16": (detached, "failed under bfloat16 autocast .*does not require grad"),
     "configure: raises": (lambda cases: {}["low"], "failed: KeyError: 'low'"),
     "label: none": (lambda case: None, "returned nothing; it must return a tensor"),
     "label: number": (lambda case: 0.5, r"returned a float \(0.5\)"),
