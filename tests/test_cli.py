@@ -341,8 +341,8 @@ def test_every_knob_reaches_the_settings_and_defaults_stand_in_one_place(run, im
     seen = []
     monkeypatch.setattr(translation, "translations", lambda *_, settings, **__: seen.append(settings) or [])
     knobs = {
-        "noise_level": 7, "quality": "draft", "steps": 9, "solver": "dpm2m", "scale": 2.0, "strength": 0.7, "tolerance": 0.01,
-        "batch_size": 3, "max_reconstruction": 0.2, "precision": "bfloat16", "dtype": "float32",
+        "noise_level": 7, "quality": "draft", "steps": 9, "solver": "dpm2m", "scale": 2.0, "strength": 0.7,
+        "tolerance": 0.01, "batch_size": 3, "max_reconstruction": 0.2, "precision": "bfloat16", "dtype": "float32",
     }  # fmt: skip
     switches = {"extrapolate": "--allow-extrapolation", "clamp": "--clamp", "control": "--no-control"}
     assert {*knobs, *switches, "auto_region"} == {field.name for field in fields(Settings)}
