@@ -79,6 +79,13 @@ def judged(judge: nn.Module, x: Tensor) -> Tensor:
     return (judge(x, torch.zeros(len(x), device=x.device)) > 0).float()
 
 
+@torch.no_grad()
+def doubted(judge: nn.Module, x: Tensor) -> Tensor:
+    """Return how many pixels of images in [-1, 1] the judge gives to neither side with 90 %, [N]."""
+    p = judge(x, torch.zeros(len(x), device=x.device)).sigmoid()
+    return ((p > 0.1) & (p < 0.9)).sum((1, 2, 3))
+
+
 def dice(a: Tensor, b: Tensor) -> Tensor:
     """Return the overlap of masks, [N]; two empty masks agree."""
     areas = (a + b).sum((1, 2, 3))
@@ -178,6 +185,10 @@ def measure(bench: Bench) -> dict[str, float]:
         size = bench.size(everything, y)
         figures[f"regress to {value:g}: judged size (median)"] = float(size.median())
         figures[f"regress to {value:g}: share within 10 %"] = near(size, torch.full_like(size, value))
+        true = [phantom(i, seed=bench.seed, relative_size=value) for i in range(len(y))]
+        for name, x in (("edited", y), ("true", pixels(true).to(bench.device))):
+            doubts = doubted(bench.judge, x).median()
+            figures[f"regress to {value:g}: pixels that the judge doubts, {name} (median)"] = float(doubts)
         told.append(torch.tensor([record["after"]["value"] for record in bench.records[-len(y) :]]))
         wanted.append(torch.full_like(size, value))
         reached.append(size)
