@@ -123,6 +123,7 @@ class Calibration:
     round_trip: RoundTrip | None  # None: there is no diffusion model
     left_out: Mapping[str, str]  # task -> why it was not measured
     picture: Path
+    other_split: bool = False  # some of these may be images that the models have learnt from
 
 
 def brief(value: float) -> float:
@@ -205,7 +206,7 @@ def of_stored(
     for one, seen in zip(subjects, found, strict=True):
         store(one, {**seen.to_json(), **choices.get(one.kind, {}), "split": split})
     write_safely(picture, drawn(picture.parent.name, sights, choices, trip))
-    return Calibration(split, sights, choices, trip, left_out, picture)
+    return Calibration(split, sights, choices, trip, left_out, picture, split_otherwise(stored, folder))
 
 
 def measured(one: Subject, device: str, tick: Tick) -> Sight | RoundTrip:
@@ -383,6 +384,12 @@ def opened(
     return layouts.open_folder(
         folder, layout or trained.get("layout"), slices or (tuple(first_and_end) if first_and_end else None)
     )
+
+
+def split_otherwise(stored: Sequence[Stored], folder: layouts.Folder) -> bool:
+    """Tell whether a network's training kept to another split than this folder's, or to none."""
+    told = [one.card.training.get("split", folder.split_sha256) for one in stored]
+    return any(split != folder.split_sha256 for split in told)
 
 
 def set_apart(folder: layouts.Folder, count: int) -> tuple[str, list[layouts.Entry]]:

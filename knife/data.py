@@ -209,10 +209,27 @@ def case_of(entry: Entry, form: Form, source: Volume | None = None) -> Case:
     check_channels(entry.name, named(entry, image.channels), form.channels)
     if source is not None:
         refuse_bare(entry, image, form.min_brain)
-    mask = (
-        image.on_grid(mask_of(entry.mask, image, entry, source, form.labels), form.size).round() if entry.mask else None
-    )
+    mask = gridded_mask(entry, image, source, form) if entry.mask else None
     return Case(entry.name, image.normalised(form.size, form.value_range), mask, entry.values)
+
+
+def gridded_mask(entry: Entry, image: Image, source: Volume | None, form: Form) -> Tensor:
+    """Read the mask of an entry on the model's grid, [1, H, W] of 0 and 1.
+
+    Raises:
+        InputError: if it cannot be read, or something is outlined, but so little that nothing is left on the grid: the
+            image is not healthy, and must not be learnt as such.
+    """
+    assert entry.mask is not None
+    mask = mask_of(entry.mask, image, entry, source, form.labels)
+    gridded = image.on_grid(mask, form.size).round()
+    if mask.any() and not gridded.any():
+        grid = " x ".join(map(str, form.size))
+        raise InputError(
+            f"{entry.name}: what its mask outlines ({int((mask > 0).sum())} pixels) vanishes on the model's grid of "
+            f"{grid}; it is left out, as it is no healthy image. Use a larger --preset to keep it."
+        )
+    return gridded
 
 
 def mask_of(path: Path, image: Image, entry: Entry, source: Volume | None, labels: Collection[int] = ()) -> Tensor:

@@ -15,6 +15,12 @@ from knife.errors import DeviceError, MemoryShortError, SettingsError
 
 MALLOC = ("keep", "system")  # KNIFE_MALLOC
 M_TRIM_THRESHOLD, M_MMAP_MAX, MOST = -1, -4, 2**31 - 1  # of mallopt in glibc's malloc.h
+NO_MEMORY = (  # how torch says that memory ran out where it has no class for it
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # how cuBLAS begins with its memory: of a fixed size, it adds in one order
 
 
@@ -142,5 +148,5 @@ def enough_memory(device: str, what: str, remedy: str) -> Iterator[None]:
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error means that memory ran out; torch's CPU allocator has no class of its own for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Tell whether an error means that memory ran out; not all that says so in torch has a class of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)

@@ -36,7 +36,7 @@ import numpy as np
 
 from knife import data, panel, tasks
 from knife.bootstrap import RESAMPLES, Figure, Statistic, figure, mean, median, rounded, slope, spearman
-from knife.calibrate import form_of, opened
+from knife.calibrate import form_of, opened, split_otherwise
 from knife.data import Case, Form
 from knife.devices import keep_freed_memory, resolve_device
 from knife.errors import InputError, KnifeError, SettingsError, TargetError, TaskError
@@ -44,7 +44,7 @@ from knife.files import write_safely
 from knife.image import Image
 from knife.layouts import SPLIT_NAMES, Entry, Folder
 from knife.outputs import Edit, Translation, refuse_unwritable, refusing_disk, without_folder
-from knife.pairs import Pair, choose
+from knife.pairs import Pair, choose, judge_of
 from knife.settings import DEFAULTS, Settings, Wish
 from knife.steering import Job, Reader, Ticks, run
 from knife.survey import number_of
@@ -212,13 +212,13 @@ def check_options(targets: Sequence[str], split: str, count: int, out: Path) -> 
 
 
 def about_images(source: Folder, samples: Sequence[Sample], pair: Pair, seed: int) -> dict[str, Any]:
-    """Return what is to be known of the images; whether the models' training kept to another split.json too."""
-    splits = [stored.card.training.get("split") for stored in (pair.guide, pair.diffusion)]
+    """Return what is to be known of the images; whether models or judge were trained by another split of them too."""
+    networks = [pair.guide, pair.diffusion, *filter(None, [judge_of(pair)])]
     return {
         "count": len(samples),
         "patients": len({sample.entry.key for sample in samples}),
         "layout": source.layout,
-        "other_split": any(told is not None and told != source.split_sha256 for told in splits),
+        "other_split": split_otherwise(networks, source),
         "seed": seed,
         "resamples": RESAMPLES,
     }

@@ -38,6 +38,8 @@ MASK_WORDS = ("seg", "segm", "mask", "label", "labels")
 DTYPES = ("same", "float32")  # what a NIfTI output's voxels may be stored as
 SAME_GRID = 1e-3  # world units by which two files of one slice may differ
 PERCENTILES = (0.5, 99.5)  # of a channel's intensities, that span a model's range
+FAINT = 0.05  # floats up to 1 are taken as they are, unless none is above this, as in maps of diffusion in mm2/s
+TWELVE_BITS = 4095  # the largest value of many a 16-bit picture
 PAD_ONLY = 9 / 8  # a NIfTI slice that fills a model's grid up to this factor is padded, not resized
 
 
@@ -355,6 +357,8 @@ def decoded(path: Path, fill: float | None = None) -> Image:
     """
     suffix = suffix_of(path).lower()
     if not suffix:
+        if not path.exists():
+            raise InputError(f"{shown(path)}: no such file; check the name.")
         raise InputError(f"{shown(path)}: no image format that knife reads; give one of {', '.join(SUFFIXES)}.")
     with refusing(path, "a NIfTI file" if suffix in NIFTI else "a picture"), regular(path) as file:
         return _decoded_nifti(file, path, fill) if suffix in NIFTI else _decoded_picture(file, path, fill)
@@ -385,11 +389,14 @@ def assemble(
     """Assemble an image; `tops` has the largest whole number that each channel's file holds, or inf for floats."""
     limits = torch.tensor([[0.0, top] for top in tops], dtype=torch.float64)
     whole = limits[:, 1].isfinite()
-    normalised = not whole.any() and pixels.min().item() >= 0 and pixels.max().item() <= 1  # as published slices are
+    lowest, highest = pixels.min().item(), pixels.max().item()
+    normalised = not whole.any() and lowest >= 0 and FAINT < highest <= 1  # as published slices are
     if normalised:
         limits[:, 1] = 1
     known = normalised or (isinstance(kind, Picture) and bool(whole.all()))
     window = limits.float() if known else _window(pixels)
+    if known and not normalised and limits[0, 1] > TWELVE_BITS >= highest:  # as X-rays and microscopes give them
+        window[:, 1] = TWELVE_BITS
     limits[:, 0] = torch.minimum(pixels.amin((1, 2)), window[:, 0])  # no change goes below both image and window
     return Image(pixels, window, channels, Source(paths, kind, limits, whole[:, None, None], synthetic))
 

@@ -37,8 +37,8 @@ ALL = Shard(1, 1)
 def shard_of(text: str | None, inputs: int, environ: Mapping[str, str]) -> Shard:
     """Return which part of the inputs a text, 2/8, stands for; None stands for all, auto for what the environment says.
 
-    A job array of SLURM says it, or torchrun. A single input cannot be divided: then the environment does not count, so
-    that an array of which each task names a file of its own does what it always did.
+    A job array of SLURM says it, torchrun, or srun. A single input cannot be divided: then the environment does not
+    count, so that an array of which each task names a file of its own does what it always did.
 
     Raises:
         SettingsError: if the text is no such part, or the environment tells none that there is.
@@ -63,10 +63,13 @@ def shard_around(environ: Mapping[str, str]) -> Shard:
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
     task, first, step, tasks = (whole(environ.get(name)) for name in names)
     rank, world = (whole(environ.get(name)) for name in ("RANK", "WORLD_SIZE"))
+    step_rank, step_world = (whole(environ.get(name)) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
     if task is not None and tasks:
         return Shard((task - (first or 0)) // (step or 1) + 1, tasks, "SLURM job array")
     if rank is not None and world:
         return Shard(rank + 1, world, "torchrun")
+    if step_rank is not None and (step_world or 0) > 1:
+        return Shard(step_rank + 1, step_world or 0, "SLURM step")
     return ALL
 
 
@@ -102,12 +105,21 @@ def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], lis
         folders = [path for path in inside if path.is_dir()]
         cases = [case for folder in folders for case in grouped(place, listed(folder))[0] if len(case) > 1]
         if not here + cases:
-            raise InputError(f"{place}: no images in this folder; give one of NIfTI, PNG, JPEG, TIFF or DICOM files.")
+            raise InputError(f"{place}: no images in this folder; {elsewhere(folders)}")
         found += here + cases
         left_out += masks
     if not found:
         raise InputError("no image given; name at least one file or folder.")
     return found, left_out
+
+
+def elsewhere(folders: Sequence[Path]) -> str:
+    """Say what to give instead of a folder without images."""
+    holding = [path for path in folders if any(is_image(file) for file in listed(path))]
+    if not holding:
+        return "give one of NIfTI, PNG, JPEG, TIFF or DICOM files."
+    more = f" and {len(holding) - 1} more" if len(holding) > 1 else ""
+    return f"there are some in {holding[0]}{more}: give these folders, each by its name."
 
 
 def volumes_among(places: Sequence[Path]) -> dict[Path, tuple[Path, ...]]:

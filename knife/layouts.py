@@ -13,21 +13,27 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from knife import volume
 from knife.errors import InputError, SettingsError
 from knife.files import regular, write_safely
 from knife.image import NIFTI, SEQUENCES, SUFFIXES, is_image, sequence_of
+from knife.patients import (
+    BRATS2020,
+    BRATS2021,
+    BRATS2023,
+    BRATS_SLICES,
+    SPLITS,
+    Place,
+    patients_of,
+    published_patient,
+)
 
-SPLITS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 SPLIT_NAMES = ("train", "val", "test")
 SPLIT_FILE = "split.json"
 LONGEST_TEXT = 64 * 2**20  # bytes of a list that a folder holds: 400,000 images of a long line each
@@ -138,6 +144,8 @@ def recognised(root: Path, layout: str | None = None) -> Folder:
             raise InputError(f"--data {root}: not laid out as {layout} ({reason}); give another --layout, or none.")
         return Folder(root, layout, found.entries, found.why, found.skipped)
     for equals in LAYOUTS:
+        if "flat" in equals and (refused := masks_unlearnt(root, paths)):
+            raise InputError(f"--data {root}: {refused}. Or write a manifest.csv; --layout flat takes all for images.")
         tried = {name: find(root, paths) for name, find in equals.items()}
         claims = {name: found for name, found in tried.items() if isinstance(found, Found) and found.claims}
         if len(claims) > 1:
@@ -419,14 +427,6 @@ def refuse_missing(manifest: Path, entries: Sequence[Entry]) -> None:
 # ------------------------------------------------------------------------------------ a NIfTI file for each MR sequence
 
 
-class Place(NamedTuple):
-    """Where the files of one case lie: a folder, and their name before and after the sequence."""
-
-    folder: Path
-    before: str
-    after: str
-
-
 Cases = dict[Place, dict[str, Path]]  # the files of each case by sequence, the mask as "seg"
 
 
@@ -443,22 +443,22 @@ def sequences(root: Path, paths: Sequence[Path]) -> Found | str:
 
 def brats2020(root: Path, paths: Sequence[Path]) -> Found | str:
     """BraTS 2018 to 2020: BraTS20_Training_001/BraTS20_Training_001_t1.nii; one mask there has a name of its own."""
-    return published(root, paths, "BraTS 2018 to 2020", r"(?P<patient>brats(?:17|18|19|20)_\w+)")
+    return published(root, paths, "BraTS 2018 to 2020", BRATS2020)
 
 
 def brats2021(root: Path, paths: Sequence[Path]) -> Found | str:
     """BraTS 2021: BraTS2021_00000/BraTS2021_00000_t1.nii.gz."""
-    return published(root, paths, "BraTS 2021", r"(?P<patient>brats2021_\d+)")
+    return published(root, paths, "BraTS 2021", BRATS2021)
 
 
 def brats2023(root: Path, paths: Sequence[Path]) -> Found | str:
     """BraTS from 2023 on: BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n.nii.gz, the patient and his visit."""
-    return published(root, paths, "BraTS from 2023 on", r"(?P<patient>brats-[a-z]+-\d+)(?:-\d+)?")
+    return published(root, paths, "BraTS from 2023 on", BRATS2023)
 
 
 def brats_slices(root: Path, paths: Sequence[Path]) -> Found | str:
     """Slices of BraTS as the authors' codes ship them: training/000001/brats_train_001_t1_080_w.nii.gz."""
-    return published(root, paths, "slices of BraTS", r"(?P<patient>brats_[a-z]+_\d+)_\d+_w")
+    return published(root, paths, "slices of BraTS", BRATS_SLICES)
 
 
 def published(root: Path, paths: Sequence[Path], what: str, pattern: str) -> Found | str:
@@ -511,14 +511,6 @@ def usual(cases: Collection[Mapping[str, Path]]) -> tuple[str, ...]:
     """Return the sequences that most cases have, in canonical order."""
     sets = Counter(tuple(s for s in SEQUENCES if s in files) for files in cases)
     return max(sets, key=lambda s: (sets[s] if s else 0, len(s)), default=())
-
-
-def patients_of(root: Path, places: Sequence[Place]) -> dict[Place, str]:
-    """Return whose each case is: the name before the sequence tells, or the folder where every name differs there."""
-    folders, names = {place.folder for place in places}, {place.before for place in places}
-    by_folder = len(names) == len(places) and 1 < len(folders) < len(places)
-    told = {place: "" if by_folder else place.before.strip(" ._-") for place in places}
-    return {place: name or relative(root, place.folder) for place, name in told.items()}
 
 
 def gathered(
@@ -578,10 +570,14 @@ def participants(path: Path) -> dict[str, dict[str, str]]:
     }
 
 
+NO_DATASET = "no dataset.json"
+
+
 def nnunet(root: Path, paths: Sequence[Path]) -> Found | str:
     """nnU-Net: dataset.json names the channels of imagesTr/CASE_0000.nii.gz, ...; masks are labelsTr/CASE.nii.gz.
 
-    Channels are told by name, since their order differs; a case may also be one file of all channels.
+    Channels are told by name, since their order differs; a case may also be one file of all channels. Patients are
+    told where a case's name is one that a published set gave.
     """
     channels = nnunet_channels(root / "dataset.json")
     if isinstance(channels, str):
@@ -589,27 +585,38 @@ def nnunet(root: Path, paths: Sequence[Path]) -> Found | str:
     masks = {(path.parent.name, stem(path)): path for path in paths if path.parent.parent == root}
     entries, skipped = [], {}
     for part, labels, split in (("imagesTr", "labelsTr", ""), ("imagesTs", "labelsTs", "test")):
-        cases: dict[str, dict[int | None, Path]] = {}
-        for path in (path for path in paths if path.parent == root / part):
-            told = re.fullmatch(r"(.+)_(\d{4})", stem(path))
-            cases.setdefault(told[1] if told else stem(path), {})[int(told[2]) if told else None] = path
-        for case, files in cases.items():
-            name, mask = f"{part}/{case}", masks.get((labels, case))
+        for case, files in nnunet_cases(root / part, paths, several=len(channels) > 1).items():
+            name, mask, group = f"{part}/{case}", masks.get((labels, case)), published_patient(case)
             if None in files:
                 names = tuple(channels[i] for i in sorted(channels))
-                entries.append(Entry(name, (files[None],), mask, split=split, channels=names))
+                entries.append(Entry(name, (files[None],), mask, group=group, split=split, channels=names))
             elif lacking := [channel for i, channel in channels.items() if i not in files]:
                 skipped[name] = f"{name}: lacks {', '.join(lacking)}"
             else:
                 images, names = tuple(files[i] for i in channels), tuple(channels.values())
-                entries.append(Entry(name, images, mask, split=split, channels=names))
-    return Found(entries, f"dataset.json with the channels {', '.join(channels.values())}", skipped)
+                entries.append(Entry(name, images, mask, group=group, split=split, channels=names))
+    known = patients_known(entries)
+    return Found(entries, f"dataset.json with the channels {', '.join(channels.values())}; {known}", skipped)
+
+
+def nnunet_cases(folder: Path, paths: Sequence[Path], several: bool) -> dict[str, dict[int | None, Path]]:
+    """Return the files of each case in imagesTr or imagesTs by their number; None: the one file of all channels.
+
+    Where there are several channels, a picture _0000 of each case and no other file holds all of them: RGB.
+    """
+    cases: dict[str, dict[int | None, Path]] = {}
+    for path in (path for path in paths if path.parent == folder):
+        told = re.fullmatch(r"(.+)_(\d{4})", stem(path))
+        cases.setdefault(told[1] if told else stem(path), {})[int(told[2]) if told else None] = path
+    if several and all(files.keys() == {0} and not is_nifti(files[0]) for files in cases.values()):
+        return {case: {None: files[0]} for case, files in cases.items()}
+    return cases
 
 
 def nnunet_channels(path: Path) -> dict[int, str] | str:
     """Return the channels that dataset.json names by their number, the known sequences first; or why there are none."""
     if not path.is_file():
-        return "no dataset.json"
+        return NO_DATASET
     try:
         told = json.loads(text_of(path))
         named = told.get("channel_names") or told["modality"]
@@ -680,37 +687,86 @@ def celeba_list(root: Path, name: str) -> list[list[str]]:
 
 # ------------------------------------------------------------------------------------------------------ general folders
 
-MASK = re.compile(r"[_-](mask|segm?|labels?)$", re.IGNORECASE)
+MASK = re.compile(r"[_-](mask|seg(?:m|mentation)?|labels?|gt)$", re.IGNORECASE)
+IMAGES_FOLDER = re.compile(r"images?|imgs?", re.IGNORECASE)
+MASKS_FOLDER = re.compile(r"masks?|labels?|gt|annotations?|seg(?:mentation)?s?", re.IGNORECASE)
+IMAGES_BESIDE = re.compile(r"images.*|imgs", re.IGNORECASE)  # names that no class has
+MASKS_BESIDE = re.compile(
+    r"(?:.*[\W_])?(?:masks|labels.*|gt|annotations?|.*ground[\W_]?truths?|segs?|segm|segment.*)", re.IGNORECASE
+)
 
 
 def pairs(root: Path, paths: Sequence[Path]) -> Found | str:
     """Pairs x.png and x_mask.png, in one folder a patient where there are folders; or images/ beside masks/."""
-    images, masks = root / "images", root / "masks"
-    if images.is_dir() and masks.is_dir():
-        found = [path for path in paths if path.is_relative_to(images)]
-        theirs = [path for path in paths if path.is_relative_to(masks)]
-        why = "images/ beside masks/"
+    folders = {path.parent for path in paths}
+    base = Path(os.path.commonpath(folders)) if folders else root
+    masks = {folder: name for folder in folders if (name := folder_named(base, folder, MASKS_FOLDER))}
+    images = {folder: name for folder in folders - {*masks} if (name := folder_named(base, folder, IMAGES_FOLDER))}
+    if apart := bool(images and masks):
+        found = [path for path in paths if path.parent in images]
+        theirs = [path for path in paths if path.parent in masks]
+        why = f"{images[found[0].parent]}/ beside {masks[theirs[0].parent]}/"
     else:
-        images = masks = root
+        base, why = root, "x_mask beside x"
         found = [path for path in paths if not MASK.search(stem(path))]
         theirs = [path for path in paths if MASK.search(stem(path))]
-        why = "x_mask beside x"
-    mask_of = {MASK.sub("", bare(path, masks)): path for path in theirs}
-    entries = [pair(root, images, path, mask_of.get(bare(path, images))) for path in found]
+    mask_of = {(between(base, path), MASK.sub("", stem(path))): path for path in theirs}
+    entries = [pair(root, path, between(base, path), mask_of, apart) for path in found]
     used = {file for entry in entries for file in (*entry.files, entry.mask)}
     if used.isdisjoint(theirs):
         return "no image has a mask of its name (x_mask beside x, or images/ beside masks/)"
-    patients = len({entry.group for entry in entries if entry.group})
-    known = f"{patients} folders as patients" if patients else "no patients known"
+    known = patients_known(entries, "folders as patients" if any(between(base, path) for path in found) else "")
     lone = [relative(root, path) for path in paths if path not in used]
     return Found(entries, f"{why}; {known}", {name: f"{name}: belongs to no image" for name in lone})
 
 
-def pair(root: Path, images: Path, path: Path, mask: Path | None) -> Entry:
-    """Return the entry of an image and its mask; the folders between are the patient, except one that names a split."""
-    between = path.parent.relative_to(images).parts
-    split = SPLITS.get(between[0].lower(), "") if between and images != root else ""
-    return Entry(relative(root, path), (path,), mask, group="/".join(between[1:] if split else between), split=split)
+def pair(
+    root: Path, path: Path, between: tuple[str, ...], mask_of: Mapping[tuple[tuple[str, ...], str], Path], apart: bool
+) -> Entry:
+    """Return the entry of an image and its mask.
+
+    The folders between are the patient, except one that names a split where images and masks lie apart; where there are
+    none, a name that a published set gave tells.
+    """
+    split = SPLITS.get(between[0].lower(), "") if between and apart else ""
+    group = "/".join(between[1:] if split else between) or published_patient(stem(path))
+    return Entry(relative(root, path), (path,), mask_of.get((between, stem(path))), group=group, split=split)
+
+
+def folder_named(base: Path, folder: Path, words: re.Pattern[str]) -> str:
+    """Return the first name on the way from one folder to another below it that is one of such words, or ""."""
+    return next((part for part in folder.relative_to(base).parts if words.fullmatch(part)), "")
+
+
+def between(base: Path, path: Path) -> tuple[str, ...]:
+    """Return the folders on the way from `base` to a file, but those that say whether images or masks are in them."""
+    parts = path.parent.relative_to(base).parts
+    return tuple(part for part in parts if not (IMAGES_FOLDER.fullmatch(part) or MASKS_FOLDER.fullmatch(part)))
+
+
+def patients_known(entries: Iterable[Entry], words: str = "") -> str:
+    """Return how many patients are known, and as what if not by their names."""
+    count = len({entry.group for entry in entries} - {""})
+    return f"{count} {words or 'patient' + 's' * (count != 1)}" if count else "no patients known"
+
+
+def masks_unlearnt(root: Path, paths: Sequence[Path]) -> str:
+    """Return why a folder must not be taken for images alone: folders in it look like masks; "" if none does."""
+    names = {part for folder in {path.parent for path in paths} for part in folder.relative_to(root).parts}
+    images = {name for name in names if IMAGES_FOLDER.fullmatch(name) or IMAGES_BESIDE.fullmatch(name)}
+    masks = {name for name in names if MASKS_BESIDE.fullmatch(name) or (images and MASKS_FOLDER.fullmatch(name))}
+    if not masks:
+        return ""
+    listed = "folders named " + ", ".join(f"{name}/" for name in (*sorted(images - masks), *sorted(masks)))
+    channels = nnunet_channels(root / "dataset.json")
+    if {name.lower() for name in names} & {"imagestr", "labelstr"} and isinstance(channels, str):
+        said = "dataset.json is missing" if channels == NO_DATASET else channels
+        return f"{listed} look like a set for nnU-Net, but {said}; it must name the channels of the images"
+    return (
+        f"{listed} look like images beside masks, but no mask has the name of an image; knife understands images/ or "
+        "imgs/ beside masks/, labels/, gt/, annotations/ or segmentations/, and x.png there for the mask of x.png, or "
+        "x_mask, x_seg, x_segmentation, x_label or x_gt"
+    )
 
 
 def ages(root: Path, paths: Sequence[Path]) -> Found | str:
@@ -730,6 +786,10 @@ def by_folder(root: Path, paths: Sequence[Path], attribute: str, wanted: Callabl
     count = len({path.parent for path in mine})
     if count < 2:
         return f"{count} folders of images that are named by an {attribute}, two are the least"
+    if refused := masks_unlearnt(root, mine):
+        return refused
+    if beside := sorted({path.parent.name for path in mine if IMAGES_BESIDE.fullmatch(path.parent.name)}):
+        return f"{beside[0]}/ names no {attribute}"
     entries = [Entry(relative(root, path), (path,), values={attribute: path.parent.name}) for path in mine]
     others = [relative(root, path) for path in paths if not told[path]]
     skipped = {name: f"{name}: lies in no folder that is named by its {attribute}" for name in others}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from knife import panel
 from knife.errors import DiskError, InputError, KnifeError, SettingsError
-from knife.files import room, sha256_of, write_safely
+from knife.files import room, sha256_of, shown, write_safely
 from knife.image import NIFTI, SUFFIXES, Image, Nifti, Picture, output_name, own_name, read, suffix_of, write
 from knife.settings import Wish
 from knife.spec import ImageSpec
@@ -95,9 +95,14 @@ class Unit(NamedTuple):
 
 
 def unit(edit: Edit, files: Files | None, about: Mapping[str, Any], spec: ImageSpec) -> Unit:
-    """Return the unit of one image, which may be done already; without files nothing is written."""
+    """Return the unit of one image, which may be done already; without files nothing is written.
+
+    Raises:
+        InputError: if the results of another image lie there.
+    """
     if files is None:
         return Unit([edit])
+    refuse_another(edit.image, files)
     key = key_of(edit.image, about, [edit])
     if done := again(edit, files, key, spec):
         return Unit([], finish=lambda: [done], done=1)
@@ -111,15 +116,49 @@ def key_of(source: Image | Volume, about: Mapping[str, Any], edits: Sequence[Edi
     """Return a hash of all that results depend on: the input, what is asked of it, the settings and the models."""
     settings = {name: value for name, value in about["settings"].items() if name not in FREE_SETTINGS}
     told = {name: value for name, value in about.items() if name not in FREE} | {"settings": settings}
-    files = [path.name for path in source.source.paths]
-    hashed = hashlib.sha256(json.dumps([told, files, [edit.wanted for edit in edits]], sort_keys=True).encode())
+    words = [told, input_hash(source), [edit.wanted for edit in edits]]
+    hashed = hashlib.sha256(json.dumps(words, sort_keys=True).encode())
+    asked = [tensor for edit in edits for tensor in (*edit.targets, edit.region, edit.outlined) if tensor is not None]
+    for tensor in (source.window, *asked):
+        hashed.update(tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def input_hash(source: Image | Volume) -> str:
+    """Return a hash of an input: its files' names, what a result takes over from them, and all pixels."""
+    hashed = hashlib.sha256(json.dumps([path.name for path in source.source.paths]).encode())
     kind = source.source.kind
     for file in [kind] if isinstance(kind, Picture) else kind:
         hashed.update(form_of(file))
-    asked = [tensor for edit in edits for tensor in (*edit.targets, edit.region, edit.outlined) if tensor is not None]
-    for tensor in (source.pixels, source.window, *asked):
-        hashed.update(tensor.contiguous().numpy().tobytes())
+    hashed.update(source.pixels.contiguous().numpy().tobytes())
     return hashed.hexdigest()
+
+
+def told_of(source: Image | Volume) -> dict[str, str]:
+    """Return by what a record knows its input again: its hash, and four digits of that of where it lies.
+
+    So few tell inputs of one name apart, and hardly tell a stranger which of many folders it was.
+    """
+    place = hashlib.sha256(os.fsencode(os.path.realpath(source.source.paths[0]))).hexdigest()
+    return {"input_sha256": input_hash(source), "input_place": place[:4]}
+
+
+def refuse_another(source: Image | Volume, files: Files) -> None:
+    """Refuse to write over the results of another input of the same name; one that has changed where it lies is none.
+
+    Raises:
+        InputError: if a record tells of another one.
+    """
+    try:
+        record, mine = json.loads(files.record.read_bytes()), told_of(source)
+        other = all(name in record and record[name] != value for name, value in mine.items())
+    except (OSError, ValueError, RecursionError, TypeError):
+        return
+    if other:
+        raise InputError(
+            f"{shown(source.source.paths[0])}: {files.record} tells of another input of that name; give another --out, "
+            "or remove that record to have its results overwritten."
+        )
 
 
 def form_of(kind: Picture | Nifti) -> bytes:
@@ -277,7 +316,8 @@ def save(translation: Translation, files: Files, dtype: str = "same", key: str |
             write(source.like(difference), files.difference)
         write_safely(files.panel, draw(translation))
         written = [*members(files, source.source.paths), files.difference, files.panel]
-        record = translation.record | ({"key": key, "sha256": hashes(files, written)} if key else {})
+        record = translation.record | told_of(source)
+        record |= {"key": key, "sha256": hashes(files, written)} if key else {}
         write_record(record, files)
     return replace(translation, record=record)
 

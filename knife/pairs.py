@@ -141,7 +141,10 @@ def misfit(pair: Pair, images: Sequence[Image]) -> str:
         found, name = image.channels, image.source.paths[0].name
         if len(found) != len(wanted):
             count = f"{len(found)} channel{'s' * (len(found) != 1)}"
-            return f"{name}: {count}, {trained}; give such an image, or a folder with one file for each."
+            lacking = [] if unnamed(found) else [channel for channel in wanted if channel not in found]
+            what = f", {', '.join(lacking)} lacking" if 0 < len(lacking) < len(wanted) else ""
+            files = ", or a folder with one file for each" if isinstance(image.source.kind, tuple) else ""
+            return f"{name}: {count}{what}, {trained}; give such an image{files}."
         if found != wanted and not (unnamed(found) or unnamed(wanted)):
             return f"{name}: its channels are {', '.join(found)}, {trained}; give such an image."
     return ""

@@ -33,6 +33,11 @@ AT_ONCE = 256  # images that are decoded before they are written
 STALE = 24 * 3600  # seconds after which a set that is still being built has no builder
 HEADROOM = 1.05  # free disk that is asked for, against what the images take
 NORESERVE = 0x4000 if sys.platform == "linux" else 0  # of mmap(2), which Python knows by name from 3.13 on
+PRIVATELY: dict[str, int] = (  # how a file is mapped so that what is written stays in memory
+    {"flags": mmap.MAP_PRIVATE | NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+    if sys.platform != "win32"
+    else {"access": mmap.ACCESS_COPY}
+)
 
 Load = Callable[[Sequence[Entry]], Loaded]
 
@@ -176,9 +181,7 @@ def tensor(file: Path, shape: list[int]) -> Tensor:
     if not count:
         return torch.empty(shape)
     with file.open("rb") as opened:
-        memory = mmap.mmap(
-            opened.fileno(), 0, flags=mmap.MAP_PRIVATE | NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-        )
+        memory = mmap.mmap(opened.fileno(), 0, **PRIVATELY)
     return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from knife import __version__
+from knife import __version__, ops
 from knife.checkpoint import read_about, read_tensors, ready, save, seal, write_safely
 from knife.errors import DiskError, ModelError, SettingsError, UnreadableError
 from knife.files import sync
@@ -262,6 +262,9 @@ def environment(job: Job) -> dict[str, Any]:
         "device": f"{device.split(':')[0]} {name}",
         "processes": job.team.count,
         "deterministic": job.run.deterministic,
+        "accumulate": job.run.accumulate,
+        "kernels": ops.status(device.split(":")[0]).path,
+        **({"threads": torch.get_num_threads()} if device == "cpu" else {}),
     }
 
 

@@ -32,9 +32,11 @@ from knife.outputs import (
     kept_record,
     key_of,
     members,
+    refuse_another,
     refusing_disk,
     reread,
     save,
+    told_of,
     write_record,
 )
 from knife.spec import ImageSpec
@@ -123,7 +125,12 @@ def outlined(stack: Volume) -> Tensor | None:
 
 
 def unit(stack: Stack, edits: Sequence[Edit], files: Files, about: Mapping[str, Any], spec: ImageSpec) -> Unit:
-    """Return the unit of a stack: what is still to do of it, if anything is."""
+    """Return the unit of a stack: what is still to do of it, if anything is.
+
+    Raises:
+        InputError: if the results of another input lie there.
+    """
+    refuse_another(stack.volume, files)
     key = key_of(stack.volume, about, edits)
     if whole := again(stack, edits, files, key, spec):
         return Unit([], finish=lambda: whole, done=len(whole))
@@ -230,6 +237,7 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
         write_safely(table_of(files), table([row_of(one) for one in said.values()]))
         if len(stack.slices) == 1:
             save(done[most], alone(files, most), dtype)
+        record |= told_of(whole)
         record |= {} if failed else {"key": key, "sha256": hashes(files, written(files, stack))}
         write_record(record, files)
     if not failed:

@@ -1,8 +1,8 @@
 """Regression: an age, a relative tumour size, any number (Algorithm 1).
 
 The network predicts the label in standard units, (value - mean)/std, so that one guidance scale means the same for
-years and for fractions. A target of + or - asks for more or less without end (section 4.1 of the paper) and stands as
-an infinite value.
+years and for fractions. A target of + or - is the largest or smallest value that it was trained on; what lies beyond,
+as the paper's guidance without end (section 4.1), leads to images that no model knows.
 
 The size of a mask is told pixel by pixel (`pixelwise`); `--label "relative size of the mask"` has it told by the
 paper's encoder.
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 TUMOUR = "relative size of the mask"
 PIXELS = f"{TUMOUR}, pixel by pixel"  # the same, but counted
-ENDLESS = 100.0  # no prediction in standard units comes near: a score that stays above 0 has no end to be near to
 
 
 class Size(nn.Module):
@@ -97,7 +96,7 @@ def train(net: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
 
 @hookimpl
 def target(text: str, image_spec: "ImageSpec", config: Mapping[str, Any]) -> Tensor:
-    """Read a number in the label's own unit, + or -."""
+    """Read a number in the label's own unit; + is the largest that the labels had, - the smallest."""
     number = number_wanted(text, config)
     if "maps" in config:
         return even_maps(number, image_spec.size)
@@ -105,15 +104,15 @@ def target(text: str, image_spec: "ImageSpec", config: Mapping[str, Any]) -> Ten
 
 
 def number_wanted(text: str, config: Mapping[str, Any]) -> float:
-    """Read a number within the range of the labels, or an infinite one.
+    """Read a number within the range of the labels, whose ends are + and -.
 
     Raises:
-        TargetError: if it is neither.
+        TargetError: if it is none.
     """
-    if text in ("+", "-"):
-        return float(f"{text}inf")
     low, high = config["low"], config["high"]
-    wanted = f"give a number from {low:g} to {high:g} ({config['label']}), + for more or - for less"
+    if text in ("+", "-"):
+        return float(high if text == "+" else low)
+    wanted = f"give a number from {low:g} to {high:g} ({config['label']}), + for the most or - for the least"
     try:
         number = float(text)
     except ValueError:
@@ -126,10 +125,9 @@ def number_wanted(text: str, config: Mapping[str, Any]) -> float:
 
 @hookimpl
 def guide(net: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
-    """Return -1/2 (R - v)^2, whose gradient is c grad R with c = v - R; towards infinity, the prediction, above 0."""
-    prediction, target = net(x, t)[:, 0], standard(net, target)
-    distance = -0.5 * (prediction - target.nan_to_num(posinf=0, neginf=0)) ** 2
-    return torch.where(target.isinf(), ENDLESS + target.sign() * prediction, distance)
+    """Return -1/2 (R - v)^2, whose gradient is c grad R with c = v - R."""
+    score: Tensor = -0.5 * (net(x, t)[:, 0] - standard(net, target)) ** 2
+    return score
 
 
 @hookimpl

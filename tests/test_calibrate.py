@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -28,6 +29,7 @@ from knife.calibrate import (
     round_trip,
     set_apart,
     sight,
+    split_otherwise,
     store,
 )
 from knife.checkpoint import Card, describe, digest, file_name, read_about, read_tensors, save
@@ -93,6 +95,22 @@ def measured(models, data, tmp_path_factory) -> tuple[Path, Calibration, list[tu
 
 def looks(kind: str, net: nn.Module, labels: Tensor, x: Tensor) -> Sight:
     return sight(Card(kind, "toy", SPEC, SCHEDULE, CONFIGS[kind]), net, x, labels, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("splits", "otherwise"),
+    [
+        (({}, {}), False),
+        (({"split": "a"}, {}), False),
+        (({"split": "a"}, {"split": "b"}), True),
+        (({"split": None},), True),
+    ],
+)
+def test_models_that_kept_to_another_split_are_noticed(models, splits, otherwise):
+    stored = describe(models / "brain" / "regress.safetensors")
+    trained = [replace(stored, card=replace(stored.card, training=training)) for training in splits]
+    assert split_otherwise(trained, SimpleNamespace(split_sha256="a")) is otherwise
+    assert split_otherwise(trained[-1:], SimpleNamespace(split_sha256=None)) is (splits[-1].get("split") is not None)
 
 
 # --------------------------------------------------------------------------------------------------------------- skill
@@ -358,6 +376,8 @@ def test_a_table_for_each_task_and_what_to_doubt(command, measured):
     assert lines[-1] == str(found.picture)
     assert sum(line.startswith("│ 50 ") for line in lines) == 4  # of regress, segment, and two round trips
     assert "left out classify: " in said.err
+    assert "another split.json" not in said.err
+    assert "another split.json, or to none, and may have seen" in command(result=replace(found, other_split=True)).err
     assert "regress was measured on 10 images; that says little" in said.err
     knowing = replace(found, choices={kind: {"noise_level": 20, "guide_below": 25} for kind in found.choices})
     assert "regress: default noise level 20; sees enough below 25." in command(result=knowing).out

@@ -442,6 +442,9 @@ def bad(images, tmp_path) -> Path:
     (folder / "torn.nii").write_bytes((folder / "slice.nii").read_bytes()[:999])
     (folder / "torn.png").write_bytes((folder / "face.png").read_bytes()[:99])
     (folder / "empty").mkdir()
+    for name in "ab":
+        (folder / "above" / name).mkdir(parents=True)
+        shutil.copy(folder / "face.png", folder / "above" / name)
     return folder
 
 
@@ -456,6 +459,8 @@ def test_mask_labels_are_whole_numbers_from_1_on(run, tmp_path, text):
     ("image", "options", "culprit"),
     [
         ("missing.nii", {}, "missing.nii: no such file"),
+        ("missing", {}, "missing: no such file; check the name"),
+        ("above", {}, r"above: no images in this folder; there are some in in/above/a and 1 more: give these folders"),
         ("two.nii", {}, r"two.nii: 2 channels, but the shipped model brain was trained on 4 \(t1, t1ce, t2, flair\)"),
         ("torn.nii", {}, "torn.nii: ends after"),
         ("torn.png", {}, "torn.png: cannot be read as a picture"),

@@ -144,6 +144,15 @@ def test_a_mask_is_brought_onto_the_grid_of_its_image(tmp_path: Path) -> None:
     case = case_of(entry, Form(("grey",), SIZE, RANGE))
     assert case.mask is not None
     assert torch.equal(case.mask, torch.eye(2).kron(torch.ones(8, 8))[None])
+    dot = np.zeros((32, 32), np.uint8)
+    dot[8, 8] = 255  # a quarter of a pixel of the grid
+    Picture.fromarray(dot).save(tmp_path / "m.png")
+    said = load([entry], Form(("grey",), SIZE, RANGE)).skipped["a"]
+    assert "outlines (1 pixels) vanishes on the model's grid of 16 x 16" in said
+    Picture.fromarray(np.zeros_like(dot)).save(tmp_path / "m.png")
+    case = case_of(entry, Form(("grey",), SIZE, RANGE))
+    assert case.mask is not None
+    assert not case.mask.any()
     picture(tmp_path / "m.png", 255, side=16)
     assert "mask is 16 x 16" in load([entry], Form(("grey",), SIZE, RANGE)).skipped["a"]
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import knife.evaluate
 from knife import cli
 from knife.bootstrap import Figure, slope, spearman
 from knife.calibrate import form_of
-from knife.checkpoint import Card, describe, file_name, save
+from knife.checkpoint import Card, describe, file_name, read_tensors, save
 from knife.cli.words import listed_targets
 from knife.errors import InputError, ModelError, SamplingError, SettingsError, TargetError
 from knife.evaluate import (
@@ -298,10 +299,12 @@ def test_classes_are_measured_by_what_flips(data, judged, tmp_path):
         assert found.figures[f"{who}_flipped"].rows == 2
 
 
-def test_more_has_no_end_and_no_error(data, judged, tmp_path):
+def test_more_is_the_most_that_was_learnt(data, judged, tmp_path):
     found = evaluated(data, judged, tmp_path, "regress", "+")
+    most = describe(judged / "brain" / "regress.safetensors").card.config["high"]
     assert {row["wanted"] for row in found.rows} == {None}
-    assert {row["judge_error"] for row in found.rows} == {None}
+    for row in found.rows:
+        assert row["guide_error"] == pytest.approx(abs(row["guide_after"] - most), rel=1e-4)
     assert found.figures["judge_after_median"].rows == 2
     json.loads(found.files.record.read_text())
 
@@ -529,7 +532,7 @@ def test_doubts(command, found):
     words = " ".join(command(result=doubtful)[1].err.split())
     assert "have no judge of regress, so the guide alone speaks for itself" in words
     assert "`knife train regress --judge`" in words
-    assert "another split.json, and may have seen these images" in words
+    assert "another split.json, or to none, and may have seen these images" in words
     assert "no edit was adjusted until it was there" in words
     assert "9 translations failed: i0 to 1: blown up" in words
     assert words.count("blown up") == 5
@@ -565,4 +568,13 @@ def test_another_split_file_than_in_the_training_is_told(data, models, tmp_path)
         stored = describe(models / "brain" / file_name(kind))
         card: Card = replace(stored.card, training={**stored.card.training, "split": "0" * 64})
         save(folder / file_name(kind), card.build().state_dict(), card.to_json())
+    assert evaluated(data, tmp_path, tmp_path, "regress", "0.1", count=1).about["other_split"] is True
+
+
+def test_a_judge_of_another_split_is_told(data, judged, tmp_path):
+    shutil.copytree(judged / "brain", tmp_path / "brain")
+    path = tmp_path / "brain" / file_name("regress", judge=True)
+    card = describe(path).card
+    save(path, read_tensors(path), replace(card, training={**card.training, "split": "0" * 64}).to_json())
+    assert evaluated(data, judged, tmp_path, "regress", "0.1", count=1).about["other_split"] is False
     assert evaluated(data, tmp_path, tmp_path, "regress", "0.1", count=1).about["other_split"] is True

@@ -18,7 +18,7 @@ FLOORS = {
     5: ("stacks", "report", "calibrate", "job", "resume", "sheets"),
     4: ("prepared", "survey", "pairs", "outputs", "interop", "diffusers"),
     3: ("layouts", "data", "balance", "checkpoint", "judges"),
-    2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation"),
+    2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation", "patients"),
     1: (
         "schedule", "spec", "unet", "convolution", "image", "nifti", "picture", "native", "ops", "hookspecs", "devices",
         "ranks", "graphs",

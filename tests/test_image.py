@@ -216,6 +216,8 @@ def test_windows(tmp_path: Path) -> None:
     for values, window in (
         (mr, (0, top)),
         (unit, (0, 1)),
+        (unit * 0.06, (0, 1)),
+        (unit * 0.003, (0, np.percentile(unit * 0.003, 99.5))),  # diffusion in mm2/s
         (ct, (np.percentile(ct[ct != 0], 0.5), np.percentile(ct[ct > 0], 99.5))),
     ):
         image = read(save(tmp_path / "x.nii", values.astype("float32")))
@@ -364,6 +366,18 @@ def array_for(mode: str) -> np.ndarray:
     if mode == "F":
         return np.random.default_rng(0).normal(0, 50, (11, 7)).astype("float32")
     return noise(11, 7, *BANDS[mode], dtype="uint16" if mode == "I;16" else "uint8")
+
+
+@pytest.mark.parametrize(("top", "end"), [(4095, 4095), (4096, 65535), (300, 4095)])
+def test_pictures_of_twelve_bits_fill_the_range(tmp_path: Path, top: int, end: int) -> None:
+    array = np.arange(400, dtype="uint16").reshape(20, 20).clip(0, top)
+    array[3, 3] = top
+    PIL.Image.fromarray(array).save(tmp_path / "x.png")
+    image = read(tmp_path / "x.png")
+    assert image.window.tolist() == [[0, end]]
+    assert image.source.limits.tolist() == [[0, 65535]]
+    write(image.plus(torch.zeros(1, 16, 16), RANGE), tmp_path / "out.png")
+    assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "out.png")), array)
 
 
 @pytest.mark.parametrize(("suffix", "mode"), PICTURES)

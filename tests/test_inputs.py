@@ -11,6 +11,7 @@ ARRAY = {
     "SLURM_ARRAY_TASK_STEP": "2",
     "SLURM_ARRAY_TASK_COUNT": "5",
 }
+STEP = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}
 RANKS = {"RANK": "0", "WORLD_SIZE": "4"}
 
 
@@ -22,6 +23,10 @@ RANKS = {"RANK": "0", "WORLD_SIZE": "4"}
         ("auto", 9, RANKS, Shard(1, 4, "torchrun")),
         ("auto", 9, RANKS | ARRAY, Shard(3, 5, "SLURM job array")), ("auto", 1, ARRAY | RANKS, ALL),
         ("auto", 9, {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "2"}, Shard(1, 2, "SLURM job array")),
+        ("auto", 9, STEP, Shard(3, 4, "SLURM step")), ("auto", 9, STEP | RANKS, Shard(1, 4, "torchrun")),
+        ("auto", 9, STEP | ARRAY, Shard(3, 5, "SLURM job array")), ("auto", 1, STEP, ALL),
+        ("auto", 9, STEP | {"SLURM_STEP_NUM_TASKS": "1"}, ALL),
+        ("auto", 9, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ALL),  # a script of sbatch, not a step of srun
         ("auto", 9, {"RANK": "x", "WORLD_SIZE": "4"}, ALL), ("auto", 9, {"SLURM_ARRAY_TASK_ID": "7"}, ALL),
     ],
 )  # fmt: skip

@@ -164,6 +164,67 @@ def test_sequences_of_no_published_set(tmp_path: Path) -> None:
     assert [(e.group, e.mask is not None) for e in folder.entries] == [("anna", True), ("bert", True)]
 
 
+def patients_in(*patterns: str) -> set[tuple[str, str]]:
+    """Return the name of each case of sequences and its patient; {p} stands for three of them, {v} for two visits."""
+    root = Path("/data")
+    names_ = {x.format(p=p, v=v, s=s) for x in patterns for p in "123" for v in "12" for s in ("t1", "flair", "seg")}
+    found = layouts.sequences(root, [root / f"{name}.nii.gz" for name in sorted(names_)])
+    assert isinstance(found, layouts.Found)
+    assert not found.skipped
+    return {(entry.name, entry.group) for entry in found.entries}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "patients"),
+    [
+        ("p{p}/visit{v}_{s}", {"p1", "p2", "p3"}),
+        ("p{p}/brain_{s}", {"p1", "p2", "p3"}),
+        ("p{p}/scan_{v}_{s}", {"p1", "p2", "p3"}),
+        ("p{p}/{s}", {"p1", "p2", "p3"}),
+        ("p{p}/{s}_08{v}", {"p1", "p2", "p3"}),
+        ("p{p}/v{v}/{s}", {"p1", "p2", "p3"}),
+        ("p{p}/202{p}-0{v}/x_{s}", {"p1", "p2", "p3"}),
+        ("p{p}/202{p}-0{v}/202{p}-0{v}_{s}", {"p1", "p2", "p3"}),
+        ("p{p}/ses-{v}/p{p}_ses-{v}_{s}", {"p1", "p2", "p3"}),
+        ("data/p{p}/scan{v}/{s}", {"p1", "p2", "p3"}),
+        ("train/p{p}/visit{v}/{s}", {"p1", "p2", "p3"}),
+        ("visit{v}/p{p}_{s}", {"p1", "p2", "p3"}),
+        ("visit{v}/p{p}/{s}", {"p1", "p2", "p3"}),
+        ("one/v{v}/{s}", {"one"}),
+        ("{s}_00{p}", {"001", "002", "003"}),
+        ("p{p}_{s}", {"p1", "p2", "p3"}),
+        ("p{p}_visit{v}_{s}", {"p1", "p2", "p3"}),
+        ("sub-{p}_ses-{v}_{s}", {"sub-1", "sub-2", "sub-3"}),
+        ("scan_{p}_{s}", {"scan_1", "scan_2", "scan_3"}),
+        ("visit{p}/{s}", {"visit1", "visit2", "visit3"}),
+        ("p{p}_{s}_08{v}", {"p1", "p2", "p3"}),
+        ("training/00{p}{v}/mine_{p}_{s}_08{v}_w", {"mine_1", "mine_2", "mine_3"}),
+        ("HGG/x{p}/x{p}_{s}", {"x1", "x2", "x3"}),
+        ("folder{p}/x{v}{p}_{s}", {"folder1", "folder2", "folder3"}),
+    ],
+)
+def test_patients_of_sequences_stay_whole(pattern: str, patients: set[str]) -> None:
+    """A case whose name tells a person must be his, and every person's cases are one group."""
+    told = patients_in(pattern)
+    assert {group for _, group in told} == patients
+    assert all(group[-1] in name for name, group in told)
+
+
+def test_cases_beside_folders_of_patients_are_told_by_name() -> None:
+    assert {group for _, group in patients_in("p{p}/brain_{s}", "anna_{s}")} == {"p1", "p2", "p3", "anna"}
+
+
+def test_visits_of_a_patient_are_in_one_split(tmp_path: Path) -> None:
+    for patient in range(30):
+        for visit in (1, 2):
+            case_of_names(tmp_path / f"p{patient:02}", f"visit{visit}_{{}}.nii", ("t1", "seg"))
+    folder = open_folder(tmp_path)
+    assert folder.why == "files named t1; 30 patients"
+    places = [{entry.name[:3] for entry in folder.split(split)} for split in ("train", "val", "test")]
+    assert all(places)
+    assert sum(map(len, places)) == 30
+
+
 def test_brats_2018_to_2020_and_the_odd_mask(tmp_path: Path) -> None:
     case_of_names(tmp_path / "HGG" / "Brats18_TCIA02_117_1", "Brats18_TCIA02_117_1_{}.nii.gz")
     case_of_names(tmp_path / "BraTS20_Training_354", "BraTS20_Training_354_{}.nii")
@@ -210,7 +271,7 @@ def test_nnunet_maps_channels_by_name(tmp_path: Path, key: str) -> None:
     nnunet_tree(tmp_path, {"0": "FLAIR", "1": "T1Gd"}, key)
     slice_(tmp_path / "imagesTr" / "d_0000.nii.gz")
     folder = open_folder(tmp_path)
-    assert (folder.layout, folder.why) == ("nnunet", "dataset.json with the channels t1ce, flair")
+    assert (folder.layout, folder.why) == ("nnunet", "dataset.json with the channels t1ce, flair; no patients known")
     assert [(e.name, e.split, e.mask is not None) for e in folder.entries] == [
         ("imagesTr/a", "", True),
         ("imagesTr/b", "", False),
@@ -226,6 +287,55 @@ def test_nnunet_of_one_file_a_case(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text('{"modality": {"0": "CT"}}')
     folder = open_folder(tmp_path)
     assert (folder.layout, folder.entries[0].channels) == ("nnunet", ("ct",))
+
+
+@pytest.mark.parametrize(
+    ("cases", "patients", "known"),
+    [
+        (("BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-GLI-00002-000"), 2, "2 patients"),
+        (("patient001_frame01", "patient001_frame12", "patient002_frame01"), 2, "2 patients"),
+        (("sub-01_ses-01", "sub-01_ses-02"), 1, "1 patient"),
+        (("BraTS2021_00000_080", "BraTS2021_00000_081"), 1, "1 patient"),
+        (("BraTS20_Training_001_080", "BraTS20_Training_001_081"), 1, "1 patient"),
+        (("BRATS_001", "BRATS_002"), 0, "no patients known"),
+    ],
+)
+def test_nnunet_tells_patients_by_published_names(
+    tmp_path: Path, cases: tuple[str, ...], patients: int, known: str
+) -> None:
+    for case in cases:
+        slice_(tmp_path / "imagesTr" / f"{case}_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "T1"}}')
+    folder = open_folder(tmp_path)
+    assert len({entry.group for entry in folder.entries} - {""}) == patients
+    assert folder.why == f"dataset.json with the channels t1; {known}"
+
+
+def test_nnunet_of_one_picture_of_all_channels_a_case(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        picture(tmp_path / "imagesTr" / f"{case}_0000.png", mode="RGB")
+        picture(tmp_path / "labelsTr" / f"{case}.png", 1)
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}')
+    folder = open_folder(tmp_path)
+    assert (folder.layout, folder.skipped) == ("nnunet", {})
+    assert [(e.name, len(e.files), e.channels) for e in folder.entries] == [
+        ("imagesTr/a", 1, ("r", "g", "b")),
+        ("imagesTr/b", 1, ("r", "g", "b")),
+    ]
+    assert folder.entries[0].mask == tmp_path / "labelsTr" / "a.png"
+    assert case_of(folder.entries[0], Form(("r", "g", "b"), SIZE, RANGE)).pixels.shape == (3, 16, 16)
+    picture(tmp_path / "imagesTr" / "c_0000.png")
+    picture(tmp_path / "imagesTr" / "c_0001.png")
+    picture(tmp_path / "imagesTr" / "c_0002.png")
+    folder = open_folder(tmp_path)
+    assert (names(folder.entries), folder.skipped["imagesTr/a"]) == (["imagesTr/c"], "imagesTr/a: lacks g, b")
+
+
+def test_volumes_of_which_the_first_channel_is_there_alone_lack_the_others(tmp_path: Path) -> None:
+    slice_(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "T1", "1": "FLAIR"}}')
+    with pytest.raises(InputError, match="imagesTr/a: lacks flair"):
+        open_folder(tmp_path, "nnunet")
 
 
 @pytest.mark.parametrize("content", ['{"labels": [1]}', "[1]", "{", '{"channel_names": ["CT"]}'])
@@ -339,6 +449,96 @@ def test_images_beside_masks(tmp_path: Path, mask: str) -> None:
     assert list(folder.skipped) == ["preview.png"]
 
 
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("images/1.png", "labels/1.png"),
+        ("Images/1.png", "Masks/1.png"),
+        ("imgs/1.png", "gt/1.png"),
+        ("images/1.png", "annotations/1_gt.png"),
+        ("images/ISIC_1.jpg", "masks/ISIC_1_segmentation.png"),
+        ("image/1.png", "mask/1.png"),
+        ("data/images/1.png", "data/segmentations/1.png"),
+        ("1.png", "1_Segmentation.png"),
+        ("1.png", "1_gt.png"),
+    ],
+)
+def test_folders_and_endings_of_masks(tmp_path: Path, image: str, mask: str) -> None:
+    for name in (image, image.replace("1.", "2.")):
+        picture(tmp_path / name)
+    picture(tmp_path / mask)
+    folder = open_folder(tmp_path)
+    assert (folder.layout, folder.skipped) == ("pairs", {})
+    assert folder.why.endswith("no patients known")
+    assert [entry.mask for entry in folder.entries] == [tmp_path / mask, None]
+
+
+def test_images_beside_masks_in_a_folder_for_each_patient(tmp_path: Path) -> None:
+    for patient in ("p1", "p2"):
+        picture(tmp_path / patient / "images" / "a.png")
+        picture(tmp_path / patient / "masks" / "a.png")
+    folder = open_folder(tmp_path)
+    assert folder.why == "images/ beside masks/; 2 folders as patients"
+    assert [(entry.group, entry.mask) for entry in folder.entries] == [
+        (patient, tmp_path / patient / "masks" / "a.png") for patient in ("p1", "p2")
+    ]
+
+
+def test_frames_of_a_patient_in_pairs_stay_together(tmp_path: Path) -> None:
+    for name in ("patient001_frame01", "patient001_frame12"):
+        picture(tmp_path / "images" / f"{name}.png")
+        picture(tmp_path / "labels" / f"{name}.png")
+    assert {entry.group for entry in open_folder(tmp_path).entries} == {"patient001"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("images/a.png", "labels/b.png"),
+        ("imgs/a.png", "MASKS/b.png"),
+        ("photos/a.png", "gt/b.png"),
+        ("photos/a.png", "annotations/b.png"),
+        ("deep/JPEGImages/a.png", "deep/SegmentationClass/a.png"),
+        ("train_images/a.png", "train_masks/b.png"),
+        ("image/a.png", "mask/b.png"),
+        ("set_Input/a.png", "set_GroundTruth/b.png"),
+    ],
+)
+def test_masks_are_never_learnt_as_images(tmp_path: Path, one: str, other: str) -> None:
+    """Folders that look like masks are no class, and no images either, unless the user says so."""
+    for name in (one, other):
+        picture(tmp_path / name)
+    told = f"{Path(other).parent.name}/ look like images beside masks, .*images/ or imgs/ beside masks/, labels/, gt/"
+    with pytest.raises(InputError, match=f"--data .*{told}.*manifest.csv; --layout flat takes all for images"):
+        open_folder(tmp_path)
+    assert len(open_folder(tmp_path, "flat").entries) == 2
+    if "deep" not in one:
+        with pytest.raises(InputError, match=rf"not laid out as classes \(.*{told}"):
+            open_folder(tmp_path, "classes")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "dataset.json is missing"), ("{}", r"dataset.json names no channels \(channel_names or modality\)")],
+)
+def test_a_set_for_nnunet_without_its_channels_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
+    slice_(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    slice_(tmp_path / "labelsTr" / "a.nii.gz", label=True)
+    if content:
+        (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(InputError, match=f"folders named imagesTr/, labelsTr/ look like a set for nnU-Net, but {said}"):
+        open_folder(tmp_path)
+
+
+def test_images_is_no_class_and_mask_may_be_one(tmp_path: Path) -> None:
+    for name in ("images/a.png", "photos/b.png"):
+        picture(tmp_path / "one" / name)
+    assert open_folder(tmp_path / "one").layout == "flat"
+    for name in ("mask/a.png", "no mask/b.png"):
+        picture(tmp_path / "two" / name)
+    assert open_folder(tmp_path / "two").layout == "classes"
+
+
 def test_images_beside_masks_in_folders_of_splits(tmp_path: Path) -> None:
     for split in ("train", "val"):
         picture(tmp_path / "images" / split / "a.png")
@@ -368,6 +568,14 @@ def test_folders_named_by_numbers_are_ages_in_train_and_test(tmp_path: Path) -> 
         ("train/001/a.png", {"age": "001"}, "train"),
         ("train/042/b.png", {"age": "042"}, "train"),
     ]
+
+
+def test_ages_stay_ages_beside_a_folder_that_looks_like_masks(tmp_path: Path) -> None:
+    for name in ("20/a.png", "30/b.png", "labels/x.png"):
+        picture(tmp_path / name)
+    folder = open_folder(tmp_path)
+    assert (folder.layout, names(folder.entries)) == ("ages", ["20/a.png", "30/b.png"])
+    assert list(folder.skipped) == ["labels/x.png"]
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:

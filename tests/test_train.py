@@ -468,7 +468,14 @@ def test_changed_data_are_taken_on_request_and_recorded(squares: Path) -> None:
 
 @pytest.mark.parametrize(
     ("what", "now", "said"),
-    [("torch", "9.9", "torch: 2."), ("device", "cuda H100", "device: cpu "), ("processes", 2, "processes: 1 then")],
+    [
+        ("torch", "9.9", "torch: 2."),
+        ("device", "cuda H100", "device: cpu "),
+        ("processes", 2, "processes: 1 then"),
+        ("threads", 99, "threads: "),
+        ("kernels", "none", "kernels: "),
+        ("accumulate", 9, "accumulate: 1 then"),
+    ],
 )
 def test_other_versions_and_devices_are_said_and_recorded(
     squares: Path, monkeypatch: pytest.MonkeyPatch, what: str, now: Any, said: str

@@ -943,6 +943,30 @@ def test_pictures_of_a_lossy_kind_are_read_back_as_they_lie_there(quick, images,
     assert len(walked) == 1
 
 
+def test_results_of_another_input_of_that_name_are_not_written_over(quick, folder, tmp_path):
+    """One that has changed where it lies is done anew, and so is the same one where another path leads to it."""
+    for place in "ab":
+        (tmp_path / place).mkdir()
+        shutil.copy(folder / ("0.nii" if place == "a" else "1.nii"), tmp_path / place / "x.nii")
+    first, second, out = tmp_path / "a" / "x.nii", tmp_path / "b" / "x.nii", tmp_path / "out"
+
+    def made(image: Path) -> bytes:
+        quick(image, "regress", "0.3", settings=TWO, out=out)
+        return (out / "x_regress_0.3.nii").read_bytes()
+
+    mine = made(first)
+    with pytest.raises(InputError, match=r"b/x\.nii: .*x_regress_0\.3\.json tells of another input of that name; give"):
+        made(second)
+    assert (out / "x_regress_0.3.nii").read_bytes() == mine
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    assert made(tmp_path / "c" / "x.nii") == mine
+    shutil.copy(second, first)
+    assert made(first) != mine
+    shutil.copy(tmp_path / "c" / "x.nii", second)
+    (out / "x_regress_0.3.json").unlink()
+    assert made(second) == mine
+
+
 def test_what_counts_on_is_the_work_itself(quick, folder, own, tmp_path, walked):
     """Each change makes those images new that it touches, and no others."""
     out = tmp_path / "out"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from knife.calibrate import Calibration
     from knife.evaluate import Evaluation
 
+OTHER_SPLIT = "Take care: the models' training kept to another split.json, or to none, and may have seen these images."
 FEW = 16  # images, below which a measurement says little
 NAMED = 5  # images that failed or were skipped, and are named
 OF_TARGETS = ("error_median", "before_median", "after_median", "within", "flipped")  # by guide and judge, a column each
@@ -87,6 +88,7 @@ def told(found: "Calibration") -> dict[str, Any]:
     }
     return {
         "split": found.split,
+        "other_split": found.other_split,
         "tasks": tasks,
         "diffusion": found.round_trip and found.round_trip.to_json(),
         "left_out": dict(found.left_out),
@@ -115,6 +117,8 @@ def doubts(found: "Calibration") -> Iterator[str]:
 
     if found.split == "train":
         yield "Take care: too few images are set apart, so training images were measured on, which guides know better."
+    if found.other_split:
+        yield OTHER_SPLIT
     for kind, seen in found.sights.items():
         if seen.images < FEW:
             yield f"Take care: {kind} was measured on {seen.images} images; that says little."
@@ -255,7 +259,7 @@ def cautions(found: "Evaluation") -> Iterator[str]:
     if about["split"] == "train":
         yield "Take care: these are training images, which guide and diffusion model know better than others."
     elif about["other_split"]:
-        yield "Take care: the models' training kept to another split.json, and may have seen these images."
+        yield OTHER_SPLIT
     if about["patients"] < FEW:
         yield f"Take care: {about['patients']} patients; that says little."
     fixed = any(about["settings"][name] is not None for name in ("scale", "strength"))
