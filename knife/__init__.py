@@ -36,6 +36,11 @@ LAZY = {
 }
 
 
+def __dir__() -> list[str]:
+    """Name what there is, imported yet or not."""
+    return sorted([*__all__, "__version__"])
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name not in LAZY:

@@ -4,18 +4,28 @@ Images are of kinds: classes, tenths of the range of a number, or with and witho
 epoch comes together with one image of each other kind, so that all kinds are seen equally often. Slices of volumes are
 matched with slices of the same tenth of the height, since where in the head a slice lies tells a good deal about its
 class, and a classifier would learn that instead.
+
+A number that is measured, as the size of a mask, hardly ever comes twice, so that its tenths are the kinds for both
+options; and where it is 0 there is nothing to measure, which is a kind of its own: among the small tumours of the
+lowest tenth, the many slices without one would crowd them out.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 from torch import Tensor
 
 from knife.errors import SettingsError
+from knife.tasks import Task
+
+if TYPE_CHECKING:
+    from knife.data import Case
 
 BINS = 10  # of a number's range, and of the height of a volume
+NOTHING = -1  # the kind of what measures 0; tenths are counted from 0
 
 Random = Callable[[int], torch.Generator]  # a source of random numbers for the draw of this number
 Order = Callable[[int, int], Sequence[int]]  # (epoch, count) -> a permutation
@@ -46,13 +56,13 @@ class Strata:
         return matching[int(torch.randint(len(matching), (), generator=random(place)))]
 
 
-def strata(labels: Sequence[Tensor], heights: Sequence[float | None] | None = None) -> Strata:
-    """Sort images by their labels: class indices, numbers or masks; and by heights of 0 to 1, if all are given.
+def strata(told: Sequence[SupportsFloat], heights: Sequence[float | None] | None = None) -> Strata:
+    """Sort images by their kinds, told as numbers that differ; and by heights of 0 to 1, if all are given.
 
     Raises:
         SettingsError: if all are of one kind, or no tenth of the height holds every kind.
     """
-    kinds = ranked(binned(labels))
+    kinds = ranked([float(one) for one in told])
     count = len({*kinds})
     if count < 2:
         raise SettingsError("--balance: all images have the same label; leave the option out.")
@@ -68,13 +78,46 @@ def strata(labels: Sequence[Tensor], heights: Sequence[float | None] | None = No
     return Strata(kinds, tenths, members, kept, count)
 
 
-def binned(labels: Sequence[Tensor]) -> list[float]:
-    """Return what each label counts as: a class its index, a number its tenth of the range, a mask if it has any."""
-    values = [value_of(label) for label in labels]
-    if not labels[0].is_floating_point() or labels[0].ndim:
-        return values
-    low, high = min(values), max(values)
-    return [min(int(BINS * (value - low) / (high - low or 1)), BINS - 1) for value in values]
+def kinds_of(task: Task, cases: "Sequence[Case]", config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Return of which kind each image is for --cap, and for --balance; no more than one label is held at a time.
+
+    A class, and whether a mask is empty, is a kind for both. A number of a column is one by itself for --cap, as ages
+    come again and again, and its tenth of the range for --balance. One that the task measures (its hook `value`) is its
+    tenth for both, and 0 apart.
+    """
+    values = measured(task, cases, config)
+    if values:
+        sizes = tenths([value for value in values if value])
+        kinds = [float(next(sizes) if value else NOTHING) for value in values]
+        return kinds, kinds
+    values, numbers = [], False
+    for case in cases:
+        label = task.label(case, config)
+        numbers = label.is_floating_point() and not label.ndim
+        values.append(value_of(label))
+    return values, [*map(float, tenths(values))] if numbers else values
+
+
+def measured(task: Task, cases: "Sequence[Case]", config: Mapping[str, Any]) -> list[float]:
+    """Return the numbers that a task measures, in the user's units; none if some lack.
+
+    There are none either if the task tells classes, or learns a column.
+    """
+    column = str(config.get("label"))
+    if "value" not in task.hooks or any(column in case.values for case in cases):
+        return []
+    label = task.label(cases[0], config)
+    if not (label.is_floating_point() or label.ndim):
+        return []
+    found = [value for case in cases if (value := task.value(case, config)) is not None]
+    return found if len(found) == len(cases) else []
+
+
+def tenths(values: Sequence[float]) -> Iterator[int]:
+    """Yield the tenth of their range, 0 to 9, in which each value lies."""
+    low, high = min(values, default=0), max(values, default=0)
+    for value in values:
+        yield min(int(BINS * (value - low) / (high - low or 1)), BINS - 1)
 
 
 def value_of(label: Tensor) -> float:
@@ -88,13 +131,12 @@ def ranked(values: Sequence[float]) -> list[int]:
     return [rank[value] for value in values]
 
 
-def capped(labels: Sequence[Tensor], cap: int, random: torch.Generator) -> list[int]:
-    """Return which images stay if at most `cap` of one class or value do, chosen at random."""
+def capped(told: Sequence[float], cap: int, random: torch.Generator) -> list[int]:
+    """Return which images stay if at most `cap` of one kind do, chosen at random."""
     seen: Counter[float] = Counter()
     kept = []
-    for i in torch.randperm(len(labels), generator=random).tolist():
-        value = value_of(labels[i])
-        seen[value] += 1
-        if seen[value] <= cap:
+    for i in torch.randperm(len(told), generator=random).tolist():
+        seen[told[i]] += 1
+        if seen[told[i]] <= cap:
             kept.append(i)
     return sorted(kept)

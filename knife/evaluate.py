@@ -44,7 +44,7 @@ from knife.files import write_safely
 from knife.image import Image
 from knife.layouts import SPLIT_NAMES, Entry, Folder
 from knife.outputs import Edit, Translation, refuse_unwritable, refusing_disk, without_folder
-from knife.pairs import Pair, choose, judge_of
+from knife.pairs import Pair, choose, doubts, judge_of
 from knife.settings import DEFAULTS, Settings, Wish
 from knife.steering import Job, Reader, Ticks, run
 from knife.survey import number_of
@@ -189,6 +189,7 @@ def evaluate(
         "split": split,
         **about_images(source, samples, pair, seed),
         "judge": job.guides[0].judge is not None,
+        "doubts": doubts([pair]),
         "region": AUTO if settings.auto_region else region and without_folder(region),
         "device": f"{where}: {why}",
         **about_walk(job, [pair]),

@@ -88,7 +88,12 @@ def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], lis
     Raises:
         InputError: if there are none, a folder cannot be listed, or a case in it is incomplete.
     """
-    places = [Path(place) for place in ([images] if isinstance(images, str | Path) else images)]
+    given = [images] if isinstance(images, str | Path) else [*images]
+    if strange := [place for place in given if not isinstance(place, str | Path)]:
+        raise InputError(
+            f"images: give files or folders, not {type(strange[0]).__name__}; write an array to a file first."
+        )
+    places = [Path(place) for place in given]
     found: list[tuple[Path, ...]] = []
     left_out: list[Path] = []
     joined = volumes_among(places)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from knife import data, layouts
-from knife.balance import Strata, capped, strata
+from knife.balance import Strata, capped, kinds_of, strata
 from knife.checkpoint import Card, file_name
 from knife.ddpm import hybrid_loss
 from knife.errors import DiskError, InputError, SettingsError, TaskError
@@ -135,6 +135,33 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Examples(Sequence[Example]):
+    """Images with their labels, each made when it is asked for: labels may be larger than the images.
+
+    The images lie on the disk, and so memory need not hold a data set in any form.
+    """
+
+    cases: Sequence[data.Case]
+    task: Task | None  # None: a diffusion model, which has no labels
+    config: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Example]: ...
+
+    def __getitem__(self, i: int | slice) -> Example | list[Example]:
+        if isinstance(i, slice):
+            return [self[place] for place in range(len(self))[i]]
+        case = self.cases[i]
+        return case.pixels, self.task.label(case, self.config) if self.task else torch.zeros(())
+
+
+@dataclass(frozen=True)
 class Job:
     """What a run works on: all that stays the same from its first step to its last."""
 
@@ -142,7 +169,7 @@ class Job:
     card: Card
     task: Task | None  # None: a diffusion model
     examples: Sequence[Example]
-    names: Sequence[str]  # of the examples
+    cases: Sequence[data.Case]  # of the examples
     validation: Sequence[Example]
     set_apart: int  # images in `validation` that are not trained on: all of them, or none
     folder: layouts.Folder
@@ -162,8 +189,15 @@ class Job:
 # -------------------------------------------------------------------------------------------------------------- data
 
 
-def prepare(run: Run, loading: Callable[[int, int], None] = lambda done, total: None) -> Job:
-    """Read the data, telling `loading` how many of how many images are read, and let the task look at its labels."""
+def prepare(
+    run: Run,
+    loading: Callable[[int, int], None] = lambda done, total: None,
+    config: Mapping[str, Any] | None = None,
+) -> Job:
+    """Read the data, telling `loading` how many of how many images are read, and let the task look at its labels.
+
+    config: what the task remembers of other images, which labels shall mean the same as; None: it looks at these.
+    """
     plan, kind = preset(run.preset), None if run.kind == "diffusion" else task(run.kind)
     folder = layouts.open_folder(run.data, run.layout, run.slices)
     entries = folder.split("train")
@@ -184,17 +218,18 @@ def prepare(run: Run, loading: Callable[[int, int], None] = lambda done, total: 
     held_out = read(others, progress=lambda done: loading(first + done, total))
     loaded = half_of(run, loaded, entries)
     refuse_too_few(run, loaded)
-    card = replace(card, config=kind.configure(loaded.cases, run.label) if kind else {})
-    examples, validation = (labelled(kind, part, card.config) for part in (loaded, held_out))
+    if kind:
+        card = replace(card, config=kind.configure(loaded.cases, run.label) if config is None else config)
+    found, validation = (labelled(kind, part, card.config) for part in (loaded, held_out))
     refuse_too_few(run, loaded)
-    examples, names, kinds = sampled(run, examples, loaded, entries if "classes" in card.config else [])
+    examples, kinds = sampled(run, found, entries if "classes" in card.config else [])
     return Job(
         run=run,
         card=card,
         task=kind,
         examples=examples,
-        names=names,
-        validation=validation or some(examples),
+        cases=examples.cases,
+        validation=[*validation] or some(examples),
         set_apart=len(validation),
         folder=folder,
         skipped={**folder.skipped, **loaded.skipped, **held_out.skipped},
@@ -230,21 +265,21 @@ def which_half(run: Run) -> str:
     return "of the judge's half" if run.judge else "without the judge's half" if run.spare_judge else ""
 
 
-def sampled(
-    run: Run, examples: list[Example], loaded: data.Loaded, sliced: Sequence[layouts.Entry]
-) -> tuple[list[Example], list[str], Strata | None]:
+def sampled(run: Run, examples: Examples, sliced: Sequence[layouts.Entry]) -> tuple[Examples, Strata | None]:
     """Leave out what --cap says, and sort what stays for --balance, by the heights of entries in `sliced` too.
 
-    Returns the examples, their names, and their kinds if they are balanced.
+    Returns the examples, and their kinds if they are balanced.
     """
-    names = [case.name for case in loaded.cases]
-    if run.cap is not None:
-        kept = capped([label for _, label in examples], run.cap, generator(run.drawn_from, 0, CAP))
-        examples, names = [examples[i] for i in kept], [names[i] for i in kept]
+    kind, cases = examples.task, examples.cases
+    if kind is None or not (run.balance or run.cap):
+        return examples, None
+    alike, near = kinds_of(kind, cases, examples.config)
+    kept = capped(alike, run.cap, generator(run.drawn_from, 0, CAP)) if run.cap else range(len(cases))
+    examples = replace(examples, cases=[cases[i] for i in kept])
     if not run.balance:
-        return examples, names, None
+        return examples, None
     heights = {entry.name: entry.height for entry in sliced}
-    return examples, names, strata([label for _, label in examples], [heights.get(name) for name in names])
+    return examples, strata([near[i] for i in kept], [heights.get(cases[i].name) for i in kept])
 
 
 def refuse_too_few(run: Run, loaded: data.Loaded) -> None:
@@ -255,23 +290,32 @@ def refuse_too_few(run: Run, loaded: data.Loaded) -> None:
         raise InputError(f"--data {run.data}: too few images to train on, {found} ({reason}); give more.")
 
 
-def labelled(kind: Task | None, loaded: data.Loaded, config: Mapping[str, Any]) -> list[Example]:
-    """Return images with their labels; a case without one is moved to what was skipped, with its reason."""
-    examples, cases = [], list(loaded.cases)
+def labelled(kind: Task | None, loaded: data.Loaded, config: Mapping[str, Any]) -> Examples:
+    """Return images with their labels, all of which are looked at, one at a time, and none is kept.
+
+    A case without one is moved to what was skipped, with its reason.
+
+    Raises:
+        TaskError: if labels differ in shape or type, or one is not finite.
+    """
+    cases, shapes, types = list(loaded.cases), set[str](), set[str]()
     loaded.cases.clear()
     for case in cases:
         try:
-            examples.append((case.pixels, kind.label(case, config) if kind else torch.zeros(())))
-            loaded.cases.append(case)
+            label = kind.label(case, config) if kind else torch.zeros(())
         except InputError as error:
             loaded.skipped[case.name] = str(error)
-    shapes = {tuple(label.shape) for _, label in examples}
-    if kind and len(shapes) > 1:
-        found = ", ".join(map(str, sorted(shapes)))
-        raise TaskError(
-            f"task {kind.name}: its hook label returned tensors of shapes {found}; it must return one shape."
-        )
-    return examples
+            continue
+        if kind and not label.isfinite().all():
+            raise kind.violation("label", label, f"finite numbers, not this for {case.name}")
+        loaded.cases.append(case)
+        shapes.add(str(tuple(label.shape)))
+        types.add(str(label.dtype).removeprefix("torch."))
+    for what, found in (("shape", shapes), ("type", types)):
+        if kind and len(found) > 1:
+            told = f"returned tensors of {what}s {', '.join(sorted(found))}; it must return one {what}"
+            raise TaskError(f"task {kind.name}: its hook label {told}.")
+    return Examples(loaded.cases, kind, config)
 
 
 def some(items: Sequence[T]) -> list[T]:

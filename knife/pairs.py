@@ -11,6 +11,8 @@ from knife.errors import KnifeError, ModelError
 from knife.image import Image
 from knife.tasks import Task, task
 
+GUESSING = 0.75  # share of what guessing errs by, above which a guide tells little
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -148,6 +150,19 @@ def misfit(pair: Pair, images: Sequence[Image]) -> str:
         if found != wanted and not (unnamed(found) or unnamed(wanted)):
             return f"{name}: its channels are {', '.join(found)}, {trained}; give such an image."
     return ""
+
+
+def doubts(pairs: Sequence[Pair]) -> list[str]:
+    """Say which guides err, on images set apart from their training, hardly less than guessing would."""
+    told = []
+    for guide in (pair.guide for pair in pairs):
+        error, chance = (guide.card.guidance.get(name, 0.0) for name in ("error", "chance"))
+        if error > GUESSING * chance > 0:
+            told.append(
+                f"{guide.card.dataset}/{guide.path.name}: on images set apart it errs by {error:.3g}, where guessing "
+                f"errs by {chance:.3g}; what it guides to means little. Train it further."
+            )
+    return told
 
 
 def unnamed(channels: Sequence[str]) -> bool:

@@ -13,6 +13,7 @@ import os
 import platform
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +143,18 @@ def newest(run: Run, warn: Warn) -> Found | None:
     return None
 
 
+def config_before(run: Run) -> dict[str, Any] | None:
+    """Return what the task of an earlier run remembers of its images; None if there is no such run.
+
+    Its network answers in these terms: with the mean or the classes of other images, the same answer means another.
+    """
+    for path in filter(os.path.lexists, (resume_path(run), path_before(run))):
+        with suppress(ModelError):  # one that is damaged is told of by `newest`
+            config: dict[str, Any] | None = read_about(path).get("config")
+            return config
+    return None
+
+
 def set_aside(path: Path, run: Run) -> Path:
     """Move a damaged state out of the way, so that it never takes the place of a whole one."""
     aside = run.path.with_suffix(".damaged.resume.safetensors")
@@ -232,6 +245,7 @@ def commit(state: State, job: Job) -> None:
         DiskError: if the disk refuses; what was there is kept.
     """
     also = {"in_a_row": state.in_a_row, "told": state.told, "environment": environment(job), "bad": state.bad}
+    also |= {"config": job.card.config} if job.task else {}
     about = {**record(state, job), **also, "files": dict(job.inventory)}
     save(resume_path(job.run), tensors_of(state), about, path_before(job.run))
 

@@ -24,25 +24,28 @@ def samples(net: nn.Module, card: Card, count: int = 8, steps: int = 50) -> byte
 
 
 def measured(job: Job, kind: Task, net: nn.Module) -> dict[str, float]:
-    """Return what the card tells of a task network: how steep a guide's score is, and the mean error at level 0.
+    """Return what the card tells of a task network: how steep a guide's score is, and its errors at level 0.
 
-    Of images that were trained on, no error is told: it would be too small.
+    error: the mean distance of images from their labels. chance: that from other images' labels, what guessing would
+    err by. Of images that were trained on, none is told: it would be too small.
     """
     found = {} if job.run.judge else {"gradient": steepness(job, kind, net)}
-    errors = clean_errors(job, kind, net) if job.set_apart else None
-    if errors is not None and bool(errors.isfinite().all()):  # a distance to an empty mask may have no end
-        found["error"] = float(errors.mean())
+    for name, roll in {"error": 0, "chance": 1}.items() if job.set_apart else ():
+        errors = clean_errors(job, kind, net, roll)
+        if errors is not None and bool(errors.isfinite().all()):  # a distance to an empty mask may have no end
+            found[name] = float(errors.mean())
     return found
 
 
 @torch.no_grad()
-def clean_errors(job: Job, kind: Task, net: nn.Module) -> Tensor | None:
+def clean_errors(job: Job, kind: Task, net: nn.Module, roll: int = 0) -> Tensor | None:
     """Return how far from the truth each validation image is told at noise level 0, [N], in the user's units.
 
-    It is how well the network can tell at all. None if the task has no hook for it.
+    It is how well the network can tell at all; rolled, how far from the truth about another image. None if the task has
+    no hook for it.
     """
     config = job.card.config
-    parts = [kind.error(net, x, timestep(at_level(0, x)), y, config) for x, y, _ in validation(job, CURVE)]
+    parts = [kind.error(net, x, timestep(at_level(0, x)), y, config) for x, y, _ in validation(job, CURVE, roll)]
     told = [part.float().cpu() for part in parts if part is not None]
     return torch.cat(told) if told else None
 

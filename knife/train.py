@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from knife.balance import Strata
 from knife.checkpoint import describe, read_tensors, save, write_safely
 from knife.convolution import forget
-from knife.data import short_hash
+from knife.data import Case, short_hash
 from knife.devices import deterministic, enough_memory, precision, ran_out_of_memory
 from knife.errors import DiskError, DivergedError, InputError, ModelError, SettingsError
 from knife.files import remove_left_behind
@@ -43,7 +44,6 @@ from knife.job import (
     NOISE,
     PARTS,
     PREPARED,
-    Example,
     Job,
     Run,
     generator,
@@ -56,7 +56,7 @@ from knife.job import (
 )  # fmt: skip
 from knife.lock import models_locked
 from knife.ranks import Team, processes, team
-from knife.resume import Log, State, commit, mean, origin, record, start, tensorboard, tensors_of
+from knife.resume import Log, State, commit, config_before, mean, origin, record, start, tensorboard, tensors_of
 from knife.sheets import measured, samples, sheet_of
 from knife.tasks import Task
 
@@ -142,7 +142,9 @@ def train(run: Run, watch: Watch, stop: Callable[[], bool] = lambda: False) -> i
         writer = tensorboard() if run.tensorboard and mine.first else None
         watch = watch if mine.first else Unwatched()
         with mine.after_the_first():
-            job = replace(prepare(run, watch.loading), team=mine)
+            with enough_memory(run.device, "the state of an earlier run does", "close other programs"):
+                config = config_before(run)
+            job = replace(prepare(run, watch.loading, config), team=mine)
         with enough_memory(run.device, f"a batch of {run.batch} in parts of {run.at_once} does", more_memory(run)):
             with mine.after_the_first():
                 state = start(job, watch.warned)
@@ -203,32 +205,35 @@ def sound(state: State, job: Job, watch: Watch) -> Job:
         InputError: if one is not, and --skip-bad is not given.
     """
     for i in {*batch_of(state.step, job.run, len(job.examples), job.strata)} - job.without:
-        found, known = checksum(job.examples[i]), state.checksums.get(i)
+        found, known = checksum(job.cases[i], job.task), state.checksums.get(i)
         state.checksums.setdefault(i, found)
         if known in (None, found):
             continue
-        why = f"{job.names[i]}: its decoded copy has changed on the disk since step {state.step} or before"
+        why = f"{job.cases[i].name}: its decoded copy has changed on the disk since step {state.step} or before"
         if not job.run.skip_bad:
             raise InputError(
                 f"{why}; remove {job.run.models / PREPARED}, it is made anew, and the same command resumes, "
                 "or go on without such images by --skip-bad."
             )
-        state.bad.append(short_hash(job.names[i]))
+        state.bad.append(short_hash(job.cases[i].name))
         state.history.append({"step": state.step, "what": "an image went bad and is left out"})
         watch.warned(f"{why}; it is left out from now on, and the others come as they would have.")
     return replace(job, without=left_out(state, job))
 
 
-def checksum(example: Example) -> int:
-    """Return a checksum of an image and its label."""
-    image, label = (tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data for tensor in example)
-    return zlib.crc32(label, zlib.crc32(image))
+def checksum(case: Case, kind: Task | None) -> int:
+    """Return a checksum of an image, and of its mask if a task may look at it: of all that lies on the disk."""
+    found = 0
+    for tensor in (case.pixels, case.mask if kind else None):
+        if tensor is not None:
+            found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
+    return found
 
 
 def left_out(state: State, job: Job) -> frozenset[int]:
     """Return which examples are drawn and not learnt from."""
     bad = {*state.bad}
-    return frozenset(i for i, name in enumerate(job.names) if short_hash(name) in bad) if bad else frozenset()
+    return frozenset(i for i, case in enumerate(job.cases) if short_hash(case.name) in bad) if bad else frozenset()
 
 
 def last_kept(state: State, job: Job) -> int:
@@ -345,7 +350,7 @@ def backward(net: nn.Module, step: int, job: Job, usual: Tensor | None = None) -
     """
     run, loss = job.run, loss_of(job.task, job.card.schedule)
     drawn = batch_of(step, run, len(job.examples), job.strata)
-    x0, labels = stacked([job.examples[i] for i in drawn])
+    x0, labels = stacked([job.examples[i] for i in readable(drawn, job)])
     good = torch.tensor([i not in job.without for i in drawn])
     count = int(good.sum())
     level, eps = draw(run, step, x0, job.card.schedule.T)
@@ -369,6 +374,16 @@ def backward(net: nn.Module, step: int, job: Job, usual: Tensor | None = None) -
             usual[band] += (1 - USUAL if usual[band] else 1.0) * (size - usual[band])
     job.team.add_gradients(net)
     return total
+
+
+def readable(drawn: Sequence[int], job: Job) -> list[int]:
+    """Return which examples are read for those that are drawn: in the place of one that is left out, any other.
+
+    What has gone bad may no longer have a label, and no row of a batch that is left out comes to the network.
+    """
+    good = (i for i in chain(drawn, range(len(job.examples))) if i not in job.without)
+    other = next(good, drawn[0])
+    return [other if i in job.without else i for i in drawn]
 
 
 def bands_of(level: Tensor, job: Job) -> list[tuple[int, Tensor]]:

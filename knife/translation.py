@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
-from functools import partial, wraps
+from functools import partial
+from inspect import signature
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 
@@ -32,13 +33,12 @@ from knife.inputs import Place, expand, opened, shard_of
 from knife.judges import Offered, judges_record, offered
 from knife.masks import read_target_mask
 from knife.outputs import Edit, Files, Translation, Unit, destinations, without_folder
-from knife.pairs import Pair, choose, judge_of, misfit, model_record, onlookers
+from knife.pairs import Pair, choose, doubts, judge_of, misfit, model_record, onlookers
 from knife.schedule import path
 from knife.settings import DEFAULTS, LEVEL, Settings, Wish
 from knife.stacks import Stack
 from knife.steering import Failed, Guide, Job, Reader, Ticks, run, stacked
 
-T = TypeVar("T")
 P = ParamSpec("P")
 SYNTHETIC = "made by a generative model; for research, not for diagnosis"
 AUTO = "auto"  # the region found from what guidance changed
@@ -71,12 +71,14 @@ def translations(
 ) -> Iterator[Translation]:
     """Translate images so that the predictions of tasks become their targets.
 
+    `translations` yields each as soon as it is written; `translate` waits for all, and returns them as a list.
+
     Args:
         images: a file, a folder of images, a folder with one file for each MR sequence, or several of these; what
             is 3-D is translated slice by slice, and written as a volume again.
         wishes: the tasks that guide, and what each wants: Wish("regress", "0.3"). Their order does not matter.
-        out: the folder to write results, difference maps, panels and records into; None writes nothing. What lies there
-            already, from the same input, wishes, settings and models, is read back and not made again.
+        out: the folder to write results, difference maps, panels and records into; None, the default, writes nothing.
+            What lies there already, from the same input, wishes, settings and models, is read back and not made again.
         models: the folder of trained models; where it has none that fit, or None is given, the shipped ones serve.
         dataset: the name of the models' folder, if several fit the first image.
         settings: noise level, steps, strength and the like.
@@ -88,15 +90,14 @@ def translations(
         shard: 2/8 is the second of eight parts of the inputs, None all; auto: as a SLURM job array or torchrun say.
         device: auto, cpu, cuda or cuda:N.
         started: called once before the first step with what each record begins with, the number of `inputs`, which
-            `shard` of them, and the masks in folders that were `left_out`.
+            `shard` of them, the masks in folders that were `left_out`, and the `doubts` about the guides, in words.
         progress: called with (steps done, steps in all) after every step of a batch; a volume counts as one image until
             it is read, and what is done already does not count.
         failed: called with (file, why) for each input that cannot be read or is blown up by guidance, while the others
             go on; None: the first such ends it all.
 
     Yields:
-        One translation for each image or slice, in the order given; the images of a folder by name. Each as soon as it
-        is written; `translate` waits for all, and returns them as a list.
+        One translation for each image or slice, in the order given; the images of a folder by name.
 
     Raises:
         KnifeError: before anything is computed or written, if a target, a model, a setting or one of the first batch of
@@ -105,7 +106,7 @@ def translations(
     """
     wishes = checked(wishes)
     kinds = [tasks.task(wish.task) for wish in wishes]
-    where, why = resolve_device(device)
+    where, why = resolve_device(str(device))
     keep_freed_memory()
     settings = replace(settings, auto_region=region == AUTO)
     region = None if region == AUTO else region
@@ -128,6 +129,7 @@ def translations(
     ticks = Ticks(len(inputs), 1 + settings.auto_region + job.rounds, len(job.levels) - 1, progress)
     job = replace(job, about=about, ticks=ticks)
     told = {**about, "inputs": len(inputs), "shard": mine, "left_out": [mask.name for mask in left_out]}
+    told["doubts"] = doubts(pairs)
     units = (unit_of(job, pairs[0], wishes, region, one, failed is None) for one in chain(head, rest))
     with closing(streams.ahead(units, lambda unit: max(unit.images, 1), settings.batch_size)) as read:
         works = followed(job, heard(read, ticks, partial(started, told), failed), failed)
@@ -136,14 +138,16 @@ def translations(
                 yield from ready
 
 
-def listed(name: str, stream: Callable[P, Iterator[T]]) -> Callable[P, list[T]]:
+def listed(name: str, stream: Callable[P, Iterator[Translation]]) -> Callable[P, list[Translation]]:
     """Return a function that returns a list of all that another yields."""
 
-    @wraps(stream)
-    def all_of(*args: P.args, **kwargs: P.kwargs) -> list[T]:
+    def all_of(*args: P.args, **kwargs: P.kwargs) -> list[Translation]:
         return [*stream(*args, **kwargs)]
 
     all_of.__name__ = all_of.__qualname__ = name
+    all_of.__doc__ = (stream.__doc__ or "").replace("Yields:", "Returns:")
+    told = signature(stream).replace(return_annotation=list[Translation])
+    setattr(all_of, "__signature__", told)  # noqa: B010 - functions have no such attribute to the type checker
     return all_of
 
 
@@ -293,13 +297,16 @@ def followed(job: Job, units: Iterator[Unit], failed: Failed | None) -> Iterator
 
 
 def checked(wishes: Sequence[Wish]) -> tuple[Wish, ...]:
-    """Return wishes by the name of the task, so that their order does not matter.
+    """Return wishes by the name of the task, so that their order does not matter; numbers as the words for them.
 
     Raises:
         SettingsError: if there is none, a task has two, or a weight or window is impossible.
     """
     if not wishes:
         raise SettingsError("--task: none given; name at least one, as in --task regress --target 0.1.")
+    if strange := [wish for wish in wishes if not isinstance(wish, Wish)]:
+        raise SettingsError(f'wishes: {strange[0]!r} is none; give knife.Wish("regress", "0.1").')
+    wishes = [wish._replace(target=str(wish.target)) for wish in wishes]
     for wish in wishes:
         if [other.task for other in wishes].count(wish.task) > 1:
             raise SettingsError(f"--task {wish.task}: given twice; a task has one target.")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import CONFIGS, SCHEDULE, SIZE, TINY
 
 from knife.checkpoint import Card, file_name, load, save
 from knife.errors import ModelError
-from knife.pairs import Pair, choose, judge_of, pairs_in
+from knife.pairs import Pair, choose, doubts, judge_of, pairs_in
 from knife.schedule import Schedule
 from knife.spec import ImageSpec
 from knife.tasks import task
@@ -127,6 +128,32 @@ def test_a_guide_is_never_taken_for_a_judge(tmp_path: Path) -> None:
     store(tmp_path, card_of("regress"), file_name("regress", judge=True))
     with pytest.raises(ModelError, match="a model of kind regress under the wrong name"):
         judge_of(pair)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "doubtful"),
+    [
+        ({}, False),
+        ({"error": 9.0}, False),
+        ({"error": 9.0, "chance": 10.0}, True),
+        ({"error": 7.0, "chance": 10.0}, False),
+    ],
+)
+def test_a_guide_that_errs_as_guessing_does_is_doubted(
+    tmp_path: Path, guidance: dict[str, float], doubtful: bool
+) -> None:
+    stored = SimpleNamespace(
+        card=SimpleNamespace(dataset="d", guidance=guidance), path=tmp_path / "regress.safetensors"
+    )
+    said = doubts([Pair(stored, stored)])
+    assert (
+        said
+        == [
+            "d/regress.safetensors: on images set apart it errs by 9, where guessing errs by 10; what it guides to "
+            "means little. Train it further."
+        ]
+        * doubtful
+    )
 
 
 def test_a_damaged_judge_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A resumed training is bit for bit the uninterrupted one, and whatever else differs or fails is refused in words."""
 
+import csv
 import hashlib
 import json
 import math
@@ -464,6 +465,22 @@ def test_changed_data_are_taken_on_request_and_recorded(squares: Path) -> None:
     with pytest.raises(SettingsError, match="lr: ") as refusal:
         trained(replace(run, lr=1.0, accept_data=True))
     assert "--accept" not in str(refusal.value)
+
+
+def test_answers_mean_after_a_change_of_images_what_they_meant_before(squares: Path) -> None:
+    runs = [a_run(squares, steps=1, kind=kind) for kind in ("regress", "classify")]
+    before = [trained(run) and describe(run.path).card.config for run in runs]
+    table = squares / "manifest.csv"
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    rows[0] |= {"side": "900"}
+    rows[1] |= {"bulk": "unheard-of"}
+    table.write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]) + "\n")
+    for run, config in zip(runs, before, strict=True):
+        trained(replace(run, steps=2, accept_data=True))
+        assert describe(run.path).card.config == config
+        assert trained(replace(run, steps=3)).warnings == []
+    job = prepare(runs[1], config=before[1])
+    assert [why for why in job.skipped.values() if "unheard-of" in why]
 
 
 @pytest.mark.parametrize(
@@ -1166,7 +1183,7 @@ def test_a_judge_sees_clean_images_alone(squares: Path) -> None:
         assert not t.any()
     seen.clear()
     assert job.task is not None
-    assert list(measured(job, job.task, net)) == ["error"]
+    assert list(measured(job, job.task, net)) == ["error", "chance"]
     sheets.sheet_of(job, job.task, net)
     assert seen
     for x, t in seen:
@@ -1264,7 +1281,7 @@ def test_a_judge_lies_beside_its_guide_and_touches_nothing_of_it(squares: Path) 
     assert (budget.half, budget.images < 20) == ("of the judge's half", True)
     card = describe(judge.path).card
     assert (card.judge, card.kind, card.training["settings"]["judge"]) == (True, "regress", True)
-    assert list(card.guidance) == ["error"]
+    assert list(card.guidance) == ["error", "chance"]
     assert load_model(judge.path)(torch.zeros(1, 1, 16, 16), torch.zeros(1)).shape == (1, 1)
     assert describe(guide.path).card.judge is False
 
@@ -1292,6 +1309,8 @@ def test_the_card_tells_the_mean_error_on_clean_images(squares: Path, judge: boo
     x, labels = stacked(job.validation)
     found = load_model(run.path)(x, torch.zeros(len(x)))[:, 0]
     assert card.guidance["error"] == pytest.approx(float((found - labels).abs().mean()) * card.config["std"], rel=1e-4)
+    chance = float((found - labels.roll(1)).abs().mean()) * card.config["std"]
+    assert card.guidance["chance"] == pytest.approx(chance, rel=1e-4)
     assert ("gradient" in card.guidance) is not judge
 
 

@@ -1,5 +1,6 @@
 """Translation: the right models, the right files, complete records, and refusals that leave nothing behind."""
 
+import inspect
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from knife.errors import (
 )
 from knife.image import MARK, read
 from knife.inputs import expand
-from knife.outputs import target_word
+from knife.outputs import Translation, target_word
 from knife.phantom import phantom, write_nifti
 from knife.schedule import Schedule
 from knife.settings import Settings, Wish
@@ -941,6 +942,38 @@ def test_pictures_of_a_lossy_kind_are_read_back_as_they_lie_there(quick, images,
         assert one.kept == kept
     assert torch.equal(one.result.pixels, read(one.files.image).pixels)
     assert len(walked) == 1
+
+
+def test_a_number_and_a_device_may_be_given_as_they_are(quick, images):
+    (one,) = quick(images / "slice.nii", "regress", 0.3, device=torch.device("cpu"))
+    (other,) = quick(images / "slice.nii", "regress", "0.3", device="cpu")
+    assert torch.equal(one.change, other.change)
+    assert one.record["target"] == "0.3"
+
+
+def test_what_is_no_wish_or_no_path_is_refused_by_name(images):
+    with pytest.raises(SettingsError, match=r"wishes: 'regress' is none; give knife\.Wish"):
+        translate(images / "slice.nii", "regress")
+    with pytest.raises(InputError, match="images: give files or folders, not ndarray"):
+        translate(np.zeros((4, 32, 32)), Wish("regress", "0.3"))
+
+
+def test_the_package_tells_what_it_offers():
+    assert {"translate", "Wish", "Settings", "load_model"} <= {*dir(knife)}
+    told = inspect.signature(knife.translate)
+    assert told.return_annotation == list[Translation]
+    assert told.parameters == inspect.signature(translations).parameters
+    assert "Returns:" in knife.translate.__doc__
+    assert "Yields:" not in knife.translate.__doc__
+
+
+def test_doubts_about_a_guide_are_told_before_it_begins(quick, images, own):
+    path, heard = own / "brain" / "regress.safetensors", []
+    card = describe(path).card
+    save(path, read_tensors(path), replace(card, guidance={**card.guidance, "error": 1.0, "chance": 1.1}).to_json())
+    quick(images / "slice.nii", "regress", "0.3", models=own, started=lambda about: heard.extend(about["doubts"]))
+    (doubt,) = heard
+    assert doubt.startswith("brain/regress.safetensors: on images set apart it errs by 1, where guessing errs by 1.1")
 
 
 def test_results_of_another_input_of_that_name_are_not_written_over(quick, folder, tmp_path):

@@ -249,6 +249,8 @@ def shown(one: "Figure | None") -> str:
 def cautions(found: "Evaluation") -> Iterator[str]:
     """Yield what to know before the figures of an evaluation are believed."""
     about, task = found.about, found.about["task"]
+    for doubt in about["doubts"]:
+        yield f"Take care: {doubt}"
     for why in about.get("judges_left_out", []):
         yield f"Take care: a judge is left out. {why}"
     if not about["judge"]:

@@ -54,9 +54,14 @@ def train(
         bool, typer.Option("--allow-synthetic", help="Learn from images marked as made by knife too.")
     ] = False,
     balance: Annotated[
-        bool, typer.Option("--balance", help="Show classes, or tenths of the label's range, equally often.")
+        bool,
+        typer.Option(
+            "--balance", help="Show classes, or tenths of a number's range, equally often; a size of 0 apart."
+        ),
     ] = False,
-    cap: Annotated[int | None, typer.Option("--cap", help="Images of one class or value at most.")] = None,
+    cap: Annotated[
+        int | None, typer.Option("--cap", help="Images of one class, value or tenth of the masks' sizes at most.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps in all; default: the preset's.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Images a step; default: the preset's.")

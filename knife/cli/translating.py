@@ -283,6 +283,8 @@ def say_how(about: Mapping[str, Any]) -> None:
     )
     for name in about["left_out"]:
         say(f"  left out {name}: a mask by its name; to translate it, name it.")
+    for doubt in about["doubts"]:
+        say(f"Take care: {doubt}")
 
 
 def row(record: Mapping[str, Any]) -> dict[str, object]:
