@@ -38,7 +38,10 @@ def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
 
 @hookspec(firstresult=True)
 def label(case: "Case", config: Mapping[str, Any]) -> "Tensor":
-    """Return the training label of one case: a class index, a number, a mask [1, H, W]."""
+    """Return the training label of one case: a class index, a number, a mask [1, H, W].
+
+    It is asked for whenever its case is drawn, so that it should be quick, and must be the same each time.
+    """
 
 
 @hookspec(firstresult=True)
@@ -55,7 +58,8 @@ def train(net: "nn.Module", x: "Tensor", t: "Tensor", label: "Tensor") -> "Tenso
 def target(text: str, image: "Image", image_spec: "ImageSpec", config: Mapping[str, Any]) -> "Tensor":
     """Return the value of --target for one image, of the shape and type of a label.
 
-    Raise TargetError saying what is wanted if it means nothing.
+    Raise TargetError saying what is wanted if it means nothing. `config["extrapolate"]` is true where the user allows
+    values beyond those of the training.
     """
 
 
@@ -91,7 +95,8 @@ def error(net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor", config: 
 def value(case: "Case", config: Mapping[str, Any]) -> float | None:
     """Return a case's label as the number that `evaluate` tells of it, in the user's units; None if it has none.
 
-    Only for tasks that tell a single number: evaluation sets what networks see of true images against it. Optional.
+    Only for tasks that tell a single number: evaluation sets what networks see of true images against it, and --cap and
+    --balance go by it where it is measured and stands in no column. Optional.
     """
 
 

@@ -58,8 +58,9 @@ def target(text: str, config: Mapping[str, Any]) -> Tensor:
         number = float(text)
     except ValueError:
         raise TargetError(f"--target {text}: not a number; {wanted}.") from None
-    if not config["low"] <= number <= config["high"]:
-        raise TargetError(f"--target {text}: outside the images that the network has seen; {wanted}.")
+    if not config["low"] <= number <= config["high"] and not config.get("extrapolate"):
+        advice = f"{wanted}, or allow it with --allow-extrapolation"
+        raise TargetError(f"--target {text}: outside the images that the network has seen; {advice}.")
     return torch.tensor((number - config["mean"]) / config["std"])
 
 
