@@ -100,8 +100,8 @@ class Run:
             raise SettingsError(f"--min-brain {self.min_brain:g}: give a share of the image, from 0 to below 1.")
         if self.cap is not None and self.cap < 1:
             raise SettingsError(f"--cap {self.cap}: give 1 or more.")
-        if self.kind == "diffusion" and (self.balance or self.cap):
-            raise SettingsError("--balance and --cap: a diffusion model has no labels to go by; give them to a task.")
+        if self.kind == "diffusion" and (self.balance or self.cap or self.label):
+            raise SettingsError("--label, --balance, --cap: a diffusion model has no labels; give them to a task.")
         if self.judge and self.kind == "diffusion":
             raise SettingsError("--judge: a diffusion model tells nothing of an image; give a task instead.")
         if self.judge and self.spare_judge:

@@ -298,7 +298,7 @@ def more_memory(run: Run) -> str:
     if run.at_once == 1:
         return "choose a smaller --preset"
     parts = -(-run.batch // run.at_once)
-    return f"split it by --accumulate {min(2 * parts, run.batch)}, which changes nothing else"
+    return f"split it by --accumulate {min(2 * parts, run.batch)}, which changes nothing but the rounding"
 
 
 # --------------------------------------------------------------------------------------------------------- the one step
