@@ -17,6 +17,7 @@ from knife.stacks import Span, Stack, open_stack
 from knife.volume import axial_count, open_volume
 
 Place = str | Path
+UNREAD = (".heic", ".heif", ".avif", ".gif", ".dng", ".cr2", ".nef", ".nrrd", ".mha", ".mhd", ".mgz", ".img", ".npy")
 
 
 class Shard(NamedTuple):
@@ -116,6 +117,13 @@ def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], lis
     if not found:
         raise InputError("no image given; name at least one file or folder.")
     return found, left_out
+
+
+def unread(images: Place | Sequence[Place]) -> list[Path]:
+    """Return the files in folders that are images too, but of formats that knife does not read."""
+    places = [Path(place) for place in ([images] if isinstance(images, str | Path) else images)]
+    inside = [path for place in places if os.path.isdir(place) for path in listed(place)]
+    return [path for path in inside if path.suffix.lower() in UNREAD]
 
 
 def elsewhere(folders: Sequence[Path]) -> str:

@@ -356,6 +356,7 @@ def draw(translation: Translation) -> bytes:
     """Draw input, output and change within the input's window, with the wanted mask if the target is one."""
     source, result, record = translation.source, translation.result, translation.record
     seen = [f"{name} {record['before'][name]:.3g} -> {record['after'][name]:.3g}" for name in record["after"]]
-    title = ": ".join(filter(None, (f"{record['task']} {record['target']}", ", ".join(seen))))
+    where = f"slice {record['slice']}, " if "slice" in record else ""
+    title = ": ".join(filter(None, (f"{where}{record['task']} {record['target']}", ", ".join(seen))))
     before, after = source.normalised(None, (0, 1)), result.normalised(None, (0, 1))
     return panel.translation(before, after, record["channels"], translation.wanted, title)

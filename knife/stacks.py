@@ -233,7 +233,7 @@ def finish(stack: Stack, done: Mapping[int, Translation], files: Files, dtype: s
     with refusing_disk("-o", files.record.parent):
         volume.write(result, files.image, dtype)
         volume.write(whole.like(difference), files.difference)
-        write_safely(files.panel, draw(done[most]))
+        write_safely(files.panel, draw(replace(done[most], record={**done[most].record, "slice": most})))
         write_safely(table_of(files), table([row_of(one) for one in said.values()]))
         if len(stack.slices) == 1:
             save(done[most], alone(files, most), dtype)

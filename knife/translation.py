@@ -29,7 +29,7 @@ from knife.files import shown
 from knife.finite import fill_of
 from knife.graphs import replay
 from knife.image import Image, check_dtype
-from knife.inputs import Place, expand, opened, shard_of
+from knife.inputs import Place, expand, opened, shard_of, unread
 from knife.judges import Offered, judges_record, offered
 from knife.masks import read_target_mask
 from knife.outputs import Edit, Files, Translation, Unit, destinations, without_folder
@@ -90,7 +90,8 @@ def translations(
         shard: 2/8 is the second of eight parts of the inputs, None all; auto: as a SLURM job array or torchrun say.
         device: auto, cpu, cuda or cuda:N.
         started: called once before the first step with what each record begins with, the number of `inputs`, which
-            `shard` of them, the masks in folders that were `left_out`, and the `doubts` about the guides, in words.
+            `shard` of them, the masks in folders that were `left_out`, files there of formats `unread`, and the
+            `doubts` about the guides, in words.
         progress: called with (steps done, steps in all) after every step of a batch; a volume counts as one image until
             it is read, and what is done already does not count.
         failed: called with (file, why) for each input that cannot be read or is blown up by guidance, while the others
@@ -129,7 +130,7 @@ def translations(
     ticks = Ticks(len(inputs), 1 + settings.auto_region + job.rounds, len(job.levels) - 1, progress)
     job = replace(job, about=about, ticks=ticks)
     told = {**about, "inputs": len(inputs), "shard": mine, "left_out": [mask.name for mask in left_out]}
-    told["doubts"] = doubts(pairs)
+    told |= {"unread": [file.name for file in unread(images)], "doubts": doubts(pairs)}
     units = (unit_of(job, pairs[0], wishes, region, one, failed is None) for one in chain(head, rest))
     with closing(streams.ahead(units, lambda unit: max(unit.images, 1), settings.batch_size)) as read:
         works = followed(job, heard(read, ticks, partial(started, told), failed), failed)

@@ -356,6 +356,17 @@ def test_every_knob_reaches_the_settings_and_defaults_stand_in_one_place(run, im
     assert seen == [DEFAULTS, *(replace(DEFAULTS, **{name: value}) for name, value in wanted)]
 
 
+def test_formats_that_are_not_read_are_told(run, images, shipped, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(images / "slice.nii", folder)
+    for name in ("b.HEIC", "c.gif", "notes.txt"):
+        (folder / name).touch()
+    done = run("translate", folder, "--task", "regress", "--target", "0.3", *FEW)
+    assert done.code == 0
+    assert "left out b.HEIC and 1 more: knife does not read such formats; save them as PNG" in done.err
+
+
 def test_a_folder_and_a_case_of_four_files(run, images, shipped):
     done = run("translate", images / "case", "--task", "regress", "--target", "0.3", *FEW)
     assert done.lines == ["translated/case_regress_0.3"]

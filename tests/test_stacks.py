@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from knife import stacks, steering, translation
+from knife import panel, stacks, steering, translation
 from knife import steering as module
 from knife.errors import DiskError, InputError, SamplingError
 from knife.phantom import phantom
@@ -64,6 +64,28 @@ def results(out: Path) -> list[str]:
 
 def rows(out: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((out / "P_001_regress_0.3_slices3-5.csv").read_text().splitlines()))
+
+
+def test_the_panel_of_a_volume_names_its_slice(quick, patient, tmp_path, monkeypatch):
+    titles, drawn = [], panel.translation
+    monkeypatch.setattr(panel, "translation", lambda *told: titles.append(told[-1]) or drawn(*told))
+    quick(patient, "regress", "0.3", slices=(4, 7))
+    told = json.loads((tmp_path / "out" / "P_001_regress_0.3_slices4-6.json").read_text())["panel"]
+    (title,) = titles
+    assert title.split(", ")[0] == told.split(", ")[0]
+    assert title.startswith("slice ")
+
+
+def test_a_volume_of_another_patient_is_not_written_over(quick, patient, tmp_path):
+    quick(patient, "regress", "0.3", slices=(4, 7))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    other = Path(shutil.copytree(patient, tmp_path / "elsewhere" / patient.name))
+    for path in other.glob("*_t1.nii.gz"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(voxels(path) + np.int16(1), image.affine), path)
+    with pytest.raises(InputError, match=r"P_001_t1\.nii\.gz: .* tells of another input of that name"):
+        quick(other, "regress", "0.3", slices=(4, 7))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def test_a_patient_comes_back_with_the_chosen_slices_changed(quick, patient, tmp_path):

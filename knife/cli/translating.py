@@ -283,6 +283,9 @@ def say_how(about: Mapping[str, Any]) -> None:
     )
     for name in about["left_out"]:
         say(f"  left out {name}: a mask by its name; to translate it, name it.")
+    if unread := about["unread"]:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        say(f"  left out {unread[0]}{more}: knife does not read such formats; save them as PNG, TIFF or NIfTI.")
     for doubt in about["doubts"]:
         say(f"Take care: {doubt}")
 
