@@ -389,16 +389,14 @@ def assemble(
     """Assemble an image; `tops` has the largest whole number that each channel's file holds, or inf for floats."""
     limits = torch.tensor([[0.0, top] for top in tops], dtype=torch.float64)
     whole = limits[:, 1].isfinite()
-    normalised = (  # as published slices are
-        not whole.any() and pixels.min().item() >= 0 and FAINT < pixels.max().item() <= 1
-    )
+    floats = not whole.any()
+    normalised = floats and pixels.min().item() >= 0 and FAINT < pixels.max().item() <= 1  # as published slices are
     if normalised:
         limits[:, 1] = 1
     known = normalised or (isinstance(kind, Picture) and bool(whole.all()))
     window = limits.float() if known else _window(pixels)
-    if (
-        known and not normalised and limits[0, 1] > TWELVE_BITS >= pixels.max().item()
-    ):  # as X-rays and microscopes give them
+    deep = known and not floats and limits[0, 1] > TWELVE_BITS
+    if deep and pixels.max().item() <= TWELVE_BITS:  # as X-rays and microscopes give them
         window[:, 1] = TWELVE_BITS
     limits[:, 0] = torch.minimum(pixels.amin((1, 2)), window[:, 0])  # no change goes below both image and window
     return Image(pixels, window, channels, Source(paths, kind, limits, whole[:, None, None], synthetic))
