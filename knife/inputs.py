@@ -89,12 +89,7 @@ def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], lis
     Raises:
         InputError: if there are none, a folder cannot be listed, or a case in it is incomplete.
     """
-    given = [images] if isinstance(images, str | Path) else [*images]
-    if strange := [place for place in given if not isinstance(place, str | Path)]:
-        raise InputError(
-            f"images: give files or folders, not {type(strange[0]).__name__}; write an array to a file first."
-        )
-    places = [Path(place) for place in given]
+    places = places_of(images)
     found: list[tuple[Path, ...]] = []
     left_out: list[Path] = []
     joined = volumes_among(places)
@@ -119,10 +114,22 @@ def expand(images: Place | Sequence[Place]) -> tuple[list[tuple[Path, ...]], lis
     return found, left_out
 
 
+def places_of(images: Place | Sequence[Place]) -> list[Path]:
+    """Return the paths of one place or several.
+
+    Raises:
+        InputError: if one is no path, but an array, say.
+    """
+    given = [images] if isinstance(images, str | Path) else [*images]
+    if strange := [place for place in given if not isinstance(place, str | Path)]:
+        found = type(strange[0]).__name__
+        raise InputError(f"images: give files or folders, not {found}; write an array to a file first.")
+    return [Path(place) for place in given]
+
+
 def unread(images: Place | Sequence[Place]) -> list[Path]:
     """Return the files in folders that are images too, but of formats that knife does not read."""
-    places = [Path(place) for place in ([images] if isinstance(images, str | Path) else images)]
-    inside = [path for place in places if os.path.isdir(place) for path in listed(place)]
+    inside = [path for place in places_of(images) if os.path.isdir(place) for path in listed(place)]
     return [path for path in inside if path.suffix.lower() in UNREAD]
 
 

@@ -87,7 +87,7 @@ def translations(
         region: a mask file, or a shape such as ellipse:120,100,20,15, within which images may change; auto: where a
             first decode changes most; None: anywhere.
         nan: fill=0 reads pixels that are not finite as 0, in the file's own intensities; None: such a file is refused.
-        shard: 2/8 is the second of eight parts of the inputs, None all; auto: as a SLURM job array or torchrun say.
+        shard: 2/8 is the second of eight parts of the inputs, None all; auto: as a SLURM array, srun or torchrun say.
         device: auto, cpu, cuda or cuda:N.
         started: called once before the first step with what each record begins with, the number of `inputs`, which
             `shard` of them, the masks in folders that were `left_out`, files there of formats `unread`, and the

@@ -105,7 +105,9 @@ def translate(
     ] = False,
     shard: Annotated[
         str,
-        typer.Option("--shard", help="Part of the inputs, as 2/8; auto: as a SLURM array or torchrun say, else all."),
+        typer.Option(
+            "--shard", help="Part of the inputs, as 2/8; auto: as a SLURM array, srun or torchrun say, else all."
+        ),
     ] = "auto",
     device: Device = "auto",
     as_json: Json = False,
