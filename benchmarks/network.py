@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knife import checkpoint, convolution, ops, unet
+from knife import checkpoint, layers, ops, unet
 from knife.bench import Clock, forward, machine, medians, operations, peak_gflops
 from knife.ddim import slope
 from knife.devices import MALLOC, keep_freed_memory
@@ -35,7 +35,7 @@ from knife.spec import preset
 CASES = {"small-64:1": 40, "small-64:8": 10, "paper-faces:1": 6, "paper-brats:1": 4}  # preset:batch, and the repeats
 WAYS = ("fused", "plain norm", "torch's conv")
 KINDS = ("forward", "gradient")
-PAYS = convolution.pays
+PAYS = layers.pays
 COLUMNS = (
     "case       ",
     "memory",
@@ -129,12 +129,12 @@ def in_way(way: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *condition: Tensor | None) -> Tensor:
         return ops.norm_reference(x, weight, bias, groups, eps, *condition)
 
-    def no(x: Tensor, weight: Tensor) -> bool:
+    def no(x: Tensor, convolution: layers.Convolution) -> bool:
         return False
 
     def run() -> Tensor:
         unet.group_norm_silu = plain if way == "plain norm" else ops.group_norm_silu
-        convolution.pays = no if way == "torch's conv" else PAYS
+        layers.pays = no if way == "torch's conv" else PAYS
         return call()
 
     return run

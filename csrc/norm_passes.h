@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "norm.h"
@@ -37,33 +39,34 @@ void each_tile(const Walk& walk, int64_t unit, const F& f) {
 
 // Mean and sum of squared deviations of neighbouring columns of a tile, at most kColumns. Sums are taken around the first row: of
 // kRows values none is further than sqrt(kRows) deviations from their mean, so little cancels.
-template <typename T>
-inline void column_moments(const T* x, Tile tile, int64_t columns, T* __restrict mean, T* __restrict deviation) {
-  T sum[kColumns] = {}, squares[kColumns] = {};
+template <typename S, typename T>
+inline void column_moments(const S* x, Tile tile, int64_t columns, T* __restrict mean, T* __restrict deviation) {
+  T first[kColumns], sum[kColumns] = {}, squares[kColumns] = {};
+  for (int64_t c = 0; c < columns; ++c) first[c] = static_cast<T>(x[c]);
   for (int64_t r = 1; r < tile.rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
-      const T apart = x[r * tile.columns + c] - x[c];
+      const T apart = static_cast<T>(x[r * tile.columns + c]) - first[c];
       sum[c] += apart;
       squares[c] = multiply_add(apart, apart, squares[c]);
     }
   const T share = 1 / static_cast<T>(tile.rows);
   for (int64_t c = 0; c < columns; ++c) {
-    mean[c] = x[c] + sum[c] * share;
+    mean[c] = first[c] + sum[c] * share;
     deviation[c] = squares[c] - sum[c] * sum[c] * share;
   }
 }
 
 // The same for all columns.
-template <typename T>
-void tile_moments(const T* x, Tile tile, T* mean, T* deviation) {
+template <typename S, typename T>
+void tile_moments(const S* x, Tile tile, T* mean, T* deviation) {
   int64_t c = 0;
   for (; c + kColumns <= tile.columns; c += kColumns) column_moments(x + c, tile, kColumns, mean + c, deviation + c);
   if (c < tile.columns) column_moments(x + c, tile, tile.columns - c, mean + c, deviation + c);
 }
 
 // Mean and variance of each group of a unit.
-template <typename T>
-std::vector<Pool> pool(const Walk& walk, int64_t unit, const T* x) {
+template <typename T, typename S>
+std::vector<Pool> pool(const Walk& walk, int64_t unit, const S* x) {
   const int64_t columns = walk.columns(), group_columns = columns / walk.unit_groups();
   std::vector<T> mean(walk.tiles() * columns), deviation(walk.tiles() * columns);
   each_tile(walk, unit, [&](Tile tile, int64_t i) {
@@ -86,37 +89,38 @@ Tile flat(Tile tile) {
   return last ? tile : Tile{tile.offset, 1, tile.rows * tile.columns, tile.channel};
 }
 
-template <bool last, typename T>
-void activate_tile(T* __restrict y, const T* x, Tile tile, const T* __restrict slope, const T* __restrict lift) {
+template <bool last, typename S, typename T>
+void activate_tile(S* __restrict y, const S* x, Tile tile, const T* __restrict slope, const T* __restrict lift) {
   for (int64_t r = 0; r < tile.rows; ++r)
     for (int64_t c = 0; c < tile.columns; ++c) {
       const int64_t i = r * tile.columns + c, k = last ? c : 0;
-      y[i] = activate(slope[k], lift[k], x[i]);
+      y[i] = static_cast<S>(activate(slope[k], lift[k], static_cast<T>(x[i])));
     }
 }
 
 // dz of a tile; its sum over each column, and that of dz (x - mean).
-template <bool last, typename T>
-void descend_tile(T* __restrict dz, const T* dy, const T* x, Tile tile, const T* __restrict slope, const T* __restrict lift,
+template <bool last, typename S, typename T>
+void descend_tile(T* __restrict dz, const S* dy, const S* x, Tile tile, const T* __restrict slope, const T* __restrict lift,
                   const T* __restrict mean, T* __restrict sum, T* __restrict tilt) {
   for (int64_t r = 0; r < tile.rows; ++r)
     for (int64_t c = 0; c < tile.columns; ++c) {
       const int64_t i = r * tile.columns + c, k = last ? c : 0;
-      const T value = x[i], one = descend(slope[k], lift[k], value, dy[i]);
+      const T value = static_cast<T>(x[i]), one = descend(slope[k], lift[k], value, static_cast<T>(dy[i]));
       dz[i] = one;
       sum[c] += one;
       tilt[c] = multiply_add(one, value - mean[k], tilt[c]);
     }
 }
 
-// dx of a tile, in place of dz.
-template <bool last, typename T>
-void finish_tile(T* __restrict dx, const T* x, Tile tile, const T* __restrict slope, const T* __restrict mean,
+// dx of a tile, which may lie where dz does.
+template <bool last, typename S, typename T>
+void finish_tile(S* dx, const T* dz, const S* x, Tile tile, const T* __restrict slope, const T* __restrict mean,
                  const T* __restrict bend, const T* __restrict level) {
   for (int64_t r = 0; r < tile.rows; ++r)
+#pragma GCC ivdep
     for (int64_t c = 0; c < tile.columns; ++c) {
       const int64_t i = r * tile.columns + c, k = last ? c : 0;
-      dx[i] = multiply_add(bend[k], x[i] - mean[k], multiply_add(slope[k], dx[i], level[k]));
+      dx[i] = static_cast<S>(multiply_add(bend[k], static_cast<T>(x[i]) - mean[k], multiply_add(slope[k], dz[i], level[k])));
     }
 }
 
@@ -130,10 +134,11 @@ T halved(T* numbers, int64_t count) {
   return numbers[0];
 }
 
-template <bool last, typename T>
-void forward(const Walk& walk, const Affine<T>& affine, double eps, const T* x, T* y, T* mean, T* rstd) {
+// S is stored, T is computed in.
+template <bool last, typename S, typename T>
+void forward(const Walk& walk, const Affine<T>& affine, double eps, const S* x, S* y, T* mean, T* rstd) {
   each_unit(walk, [&](int64_t unit) {
-    const std::vector<Pool> pools = pool(walk.by_group(), unit, x);
+    const std::vector<Pool> pools = pool<T>(walk.by_group(), unit, x);
     std::vector<T> slope(walk.unit_channels()), lift(walk.unit_channels());
     for (int64_t g = 0; g < walk.unit_groups(); ++g) {
       const double center = pools[g].mean(), inverse = 1 / std::sqrt(pools[g].variance() + eps);
@@ -159,15 +164,15 @@ struct Channels {
   std::vector<double> sum, tilt;  // of dz, and of dz (x - mean), over the pixels
 };
 
-// Writes dz where dx will be, and adds it up.
-template <bool last, typename T>
-void descend_unit(const Walk& walk, int64_t unit, const T* dy, const T* x, T* dx, Channels<T>& numbers) {
-  const int64_t width = last ? walk.channels : 1;  // numbers that are left of a tile
+// Writes dz of a unit, and adds it up.
+template <bool last, typename S, typename T>
+void descend_unit(const Walk& walk, int64_t unit, const S* dy, const S* x, T* dz, Channels<T>& numbers) {
+  const int64_t width = last ? walk.channels : 1, begin = unit * walk.unit_size();  // numbers that are left of a tile
   std::vector<T> sums(walk.tiles() * width), tilts(walk.tiles() * width);
   each_tile(walk, unit, [&](Tile tile, int64_t i) {
     T columns[2][kColumns] = {};
     T *const sum = last ? &sums[i * width] : columns[0], *const tilt = last ? &tilts[i * width] : columns[1];
-    descend_tile<last>(dx + tile.offset, dy + tile.offset, x + tile.offset, tile, &numbers.slope[tile.channel],
+    descend_tile<last>(dz + (tile.offset - begin), dy + tile.offset, x + tile.offset, tile, &numbers.slope[tile.channel],
                        &numbers.lift[tile.channel], &numbers.mean[tile.channel], sum, tilt);
     if (last) return;
     sums[i] = halved(sum, tile.columns);
@@ -182,8 +187,8 @@ void descend_unit(const Walk& walk, int64_t unit, const T* dy, const T* x, T* dx
   }
 }
 
-template <bool last, typename T>
-void backward(const Walk& walk, const Affine<T>& affine, const T* mean, const T* rstd, const T* dy, const T* x, T* dx, T* dgain,
+template <bool last, typename S, typename T>
+void backward(const Walk& walk, const Affine<T>& affine, const T* mean, const T* rstd, const S* dy, const S* x, S* dx, T* dgain,
               T* doffset) {
   each_unit(walk, [&](int64_t unit) {
     const int64_t image = walk.image(unit), first = walk.first_channel(unit), group_channels = walk.group_channels();
@@ -196,7 +201,16 @@ void backward(const Walk& walk, const Affine<T>& affine, const T* mean, const T*
       numbers.lift[c] = line.lift;
       numbers.mean[c] = mean[group];
     }
-    descend_unit<last>(walk, unit, dy, x, dx, numbers);
+    const int64_t start = unit * walk.unit_size();
+    std::unique_ptr<T[]> apart;  // dz lies where dx will be, unless that has fewer digits
+    T* dz;
+    if constexpr (std::is_same_v<S, T>) {
+      dz = dx + start;
+    } else {
+      apart.reset(new T[walk.unit_size()]);
+      dz = apart.get();
+    }
+    descend_unit<last>(walk, unit, dy, x, dz, numbers);
     for (int64_t g = 0; g < walk.unit_groups(); ++g) {
       const int64_t begin = g * group_channels, end = begin + group_channels;
       const double inverse = rstd[first_group + g];
@@ -214,8 +228,8 @@ void backward(const Walk& walk, const Affine<T>& affine, const T* mean, const T*
     }
     each_tile(walk, unit, [&](Tile tile, int64_t) {
       const int64_t c = tile.channel;
-      finish_tile<last>(dx + tile.offset, x + tile.offset, flat<last>(tile), &numbers.slope[c], &numbers.mean[c],
-                        &numbers.bend[c], &numbers.level[c]);
+      finish_tile<last>(dx + tile.offset, dz + (tile.offset - start), x + tile.offset, flat<last>(tile), &numbers.slope[c],
+                        &numbers.mean[c], &numbers.bend[c], &numbers.level[c]);
     });
   });
 }

@@ -29,16 +29,29 @@ def precision(device: str, wanted: str = "auto") -> torch.autocast:
 
     Args:
         device: what torch calls the device.
-        wanted: float32, bfloat16, or auto, as trainings have it: bfloat16 on a GPU that computes in it.
+        wanted: one of `knife.settings.PRECISIONS`, see `computed_in`.
     """
+    halved = computed_in(device, wanted) == "bfloat16"
     kind = device.split(":", maxsplit=1)[0]
-    halved = halves(kind) if wanted == "auto" else wanted == "bfloat16"
-    return torch.autocast(kind, torch.bfloat16, enabled=halved, cache_enabled=wanted == "auto")  # others are frozen
+    return torch.autocast(kind, torch.bfloat16, enabled=halved, cache_enabled=False)  # a call uses each weight but once
+
+
+def computed_in(device: str, wanted: str = "auto") -> str:
+    """Return what networks compute in, float32 or bfloat16; auto: the latter where a device multiplies in it itself."""
+    return wanted if wanted != "auto" else "bfloat16" if halves(device) else "float32"
 
 
 def halves(device: str) -> bool:
-    """Tell whether a device is a GPU that computes in bfloat16 itself."""
-    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Tell whether a device multiplies matrices in bfloat16 itself: GPUs since Ampere, CPUs that have AMX."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.backends.mkldnn.enabled and has_amx())
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Tell whether the CPU multiplies tiles of bfloat16, and the system lets it."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def resolve_device(text: str = "auto") -> tuple[str, str]:

@@ -25,6 +25,7 @@ from knife.finite import fill_of
 from knife.prepared import key, prepared
 from knife.ranks import ALONE, Team
 from knife.schedule import Schedule, noise, timestep
+from knife.settings import PRECISIONS, one_of
 from knife.spec import preset
 from knife.tasks import Task, task
 
@@ -33,7 +34,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]  # (net, x0
 Example = tuple[Tensor, Tensor]  # image [C, H, W] and its label
 FREE = (  # may differ when a run is resumed
     "steps", "every", "device", "accumulate", "command", "tensorboard", "accept_data", "steal_lock", "deterministic",
-    "skip_bad",
+    "skip_bad", "precision",
 )  # fmt: skip
 FAILED = "not read"  # stands for the content of an image that the system failed to read, and may read another time
 PREPARED = ".prepared"  # the folder beside the data sets' that keeps decoded images
@@ -80,6 +81,7 @@ class Run:
     spare_judge: bool = False  # leave out the half of the patients that judges learn from
     accept_data: bool = False  # resume though the images have changed
     steal_lock: bool = False  # train though a process of another machine has left its lock
+    precision: str = "auto"  # what the network computes in, see `knife.devices.computed_in`
     deterministic: bool = False  # the same bits every time, on a GPU too
     skip_bad: bool = False  # go on without an image that changes on the disk while the training runs
 
@@ -98,6 +100,7 @@ class Run:
         fill_of(self.nan)
         if not 0 <= self.min_brain < 1:
             raise SettingsError(f"--min-brain {self.min_brain:g}: give a share of the image, from 0 to below 1.")
+        one_of("precision", self.precision, PRECISIONS)
         if self.cap is not None and self.cap < 1:
             raise SettingsError(f"--cap {self.cap}: give 1 or more.")
         if self.kind == "diffusion" and (self.balance or self.cap or self.label):

@@ -320,7 +320,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling():
         status(x.device.type)
     if needs_gradient(x, weight, bias):
-        raise RuntimeError("winograd: an argument requires a gradient, but it has none: use knife.convolution.")
+        raise RuntimeError("winograd: an argument requires a gradient, but it has none: use knife.layers.")
     convolved: Tensor = torch.ops.knife.winograd.default(x, weight, bias)
     return convolved
 

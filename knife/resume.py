@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from knife import __version__, ops
 from knife.checkpoint import read_about, read_tensors, ready, save, seal, write_safely
+from knife.devices import computed_in
 from knife.errors import DiskError, ModelError, SettingsError, UnreadableError
 from knife.files import sync
 from knife.image import PERCENTILES
@@ -275,6 +276,7 @@ def environment(job: Job) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": f"{device.split(':')[0]} {name}",
         "processes": job.team.count,
+        "precision": computed_in(device, job.run.precision),
         "deterministic": job.run.deterministic,
         "accumulate": job.run.accumulate,
         "kernels": ops.status(device.split(":")[0]).path,
@@ -295,6 +297,7 @@ def origin(job: Job) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": job.run.device,
+        "precision": computed_in(job.run.device, job.run.precision),
         "deterministic": job.run.deterministic,
     }
 

@@ -1,5 +1,6 @@
 """What a translation wants and how it walks: the knobs and their defaults, without torch, so that --help shows them."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,9 +20,15 @@ class Quality(NamedTuple):
 
 
 SOLVER_NAMES = ("ab2", "dpm2m", "ddim")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
 QUALITIES = {"draft": Quality(10, "ab2"), "standard": Quality(20, "ab2"), "paper": Quality(1000, "ddim")}
 STANDARD = QUALITIES["standard"]
+
+
+def one_of(option: str, value: str, known: Collection[str]) -> None:
+    """Raise SettingsError if an option has none of the values known."""
+    if value not in known:
+        raise SettingsError(f"--{option} {value}: unknown; give one of {', '.join(known)}.")
 
 
 class Wish(NamedTuple):
@@ -54,7 +61,7 @@ class Settings:
     auto_region: bool = False  # decode again, and let change only where guidance changed most
     extrapolate: bool = False  # let targets lie beyond the values that a guide was trained on
     max_reconstruction: float = 0.1  # error of the unguided round trip, of the range, above which an image is refused
-    precision: str = "float32"  # or bfloat16: what the networks compute in; images and steps stay in float32
+    precision: str = "auto"  # or float32, bfloat16: what networks compute in; images and steps stay in float32
     dtype: str = "same"  # what NIfTI results are stored as: the input's integer type if every value fits it, or float32
 
     @property
@@ -69,8 +76,8 @@ class Settings:
             ("solver", self.solver, SOLVER_NAMES),
             ("precision", self.precision, PRECISIONS),
         ):
-            if value is not None and value not in known:
-                raise SettingsError(f"--{option} {value}: unknown; give one of {', '.join(known)}.")
+            if value is not None:
+                one_of(option, value, known)
         if self.scale is not None and self.strength is not None:
             raise SettingsError("--scale and --strength: two ways to say the same; give one of them.")
 

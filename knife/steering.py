@@ -587,11 +587,12 @@ def others(job: Job, start: Start, x: Tensor) -> dict[str, dict[str, Numbers]]:
 
 def seen(job: Job, start: Start, level: int, x: Tensor) -> Numbers:
     """Return what the guides see in images [N, C, h, w] at a noise level."""
-    return {
-        job.name(guide, name): values
-        for k, guide in enumerate(job.guides)
-        for name, values in guide.numbers(x, level, targets_of(start.edits, k, x)).items()
-    }
+    with precision(job.device, job.settings.precision if level else "float32"):  # clean ones decide: no rounding
+        return {
+            job.name(guide, name): values
+            for k, guide in enumerate(job.guides)
+            for name, values in guide.numbers(x, level, targets_of(start.edits, k, x)).items()
+        }
 
 
 def inside_of(edit: Edit, change: Tensor) -> Tensor | None:

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from knife.balance import Strata
 from knife.checkpoint import describe, read_tensors, save, write_safely
-from knife.convolution import forget
 from knife.data import Case, short_hash
 from knife.devices import deterministic, enough_memory, precision, ran_out_of_memory
 from knife.errors import DiskError, DivergedError, InputError, ModelError, SettingsError
@@ -54,6 +53,7 @@ from knife.job import (
     stacked,
     which_half,
 )  # fmt: skip
+from knife.layers import forget
 from knife.lock import models_locked
 from knife.ranks import Team, processes, team
 from knife.resume import Log, State, commit, config_before, mean, origin, record, start, tensorboard, tensors_of
@@ -363,7 +363,7 @@ def backward(net: nn.Module, step: int, job: Job, usual: Tensor | None = None) -
         for part in filter(len, job.team.part(rows).split(run.at_once)):
             x, label, k, e = (tensor[part].to(run.device) for tensor in (x0, labels, level, eps))
             x = x.to(memory_format=torch.channels_last)
-            with precision(run.device):
+            with precision(run.device, run.precision):
                 value = loss(net, x, label, k, e) * len(part) / count
             torch.autograd.backward(weight * value)
             found += value.item()
@@ -476,7 +476,7 @@ def keep(state: State, job: Job, log: Log, watch: Watch) -> int:
         )
     log.write()
     commit(state, job)
-    with precision(run.device):
+    with precision(run.device, run.precision):
         guidance = measured(job, job.task, ema) if job.task else {}
         drawn = sheet_of(job, job.task, ema) if job.task else samples(ema, job.card)
     training = {**record(state, job), **origin(job), "loss": mean(state.losses)}

@@ -23,7 +23,7 @@ import torch
 from knife import __version__, ops, outputs, stacks, streams, tasks
 from knife.calibrate import default_level
 from knife.checkpoint import Stored, load
-from knife.devices import enough_memory, keep_freed_memory, resolve_device
+from knife.devices import computed_in, enough_memory, keep_freed_memory, resolve_device
 from knife.errors import ApartError, InputError, KnifeError, ModelError, SettingsError, TargetError, TaskError
 from knife.files import shown
 from knife.finite import fill_of
@@ -347,6 +347,7 @@ def job_of(
         ModelError: if one is damaged.
         DeviceError: if they do not fit into memory.
     """
+    settings = replace(settings, precision=computed_in(device, settings.precision))
 
     def reader(kind: tasks.Task, stored: Stored) -> Reader:
         return Reader(kind, stored, load(stored, device))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from knife.convolution import Convolution
-from knife.ops import group_norm_silu
+from knife.layers import Convolution, Linear
+from knife.ops import group_norm_silu, needs_gradient
 
 M = TypeVar("M", bound=nn.Module)
 POOLS = ("mean", "attention", "spatial", "spatial-norm")
@@ -57,15 +57,26 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = channels // arch.head_width if arch.head_width else arch.heads
         self.norm = nn.GroupNorm(arch.groups, channels)
-        self.qkv = nn.Linear(channels, 3 * channels)  # rows lie as [head][q, k, v][dim]
-        self.out = zeroed(nn.Linear(channels, channels))
+        self.qkv = Linear(channels, 3 * channels)  # rows lie as [head][q, k, v][dim]
+        self.out = zeroed(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
         q, k, v = self.qkv(tokens).view(n, h * w, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        mixed = attend(q, k, v).transpose(1, 2).reshape(n, h * w, c)
         return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Mix values [N, heads, L, dim] by the likeness of queries and keys.
+
+    On a CPU torch's gradient of this takes six times as long in bfloat16 as in float32.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not needs_gradient(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 class Block(nn.Module):
@@ -79,10 +90,10 @@ class Block(nn.Module):
         self.norm1 = NormSiLU(arch.groups, channels)
         self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.conv1 = Convolution(channels, out)
-        self.affine = nn.Linear(embedding, 2 * out if arch.scale_shift else out)
+        self.affine = Linear(embedding, 2 * out if arch.scale_shift else out)
         self.norm2 = NormSiLU(arch.groups, out)
         self.conv2 = zeroed(Convolution(out, out))
-        self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+        self.skip = nn.Identity() if channels == out else Convolution(channels, out, 1)
         self.attention = Attention(out, arch) if attend else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -93,11 +104,11 @@ class Block(nn.Module):
         return self.attention(self.skip(self.resample(x)) + h)
 
 
-class Downsample(nn.Conv2d):
+class Downsample(Convolution):
     """Halves the grid by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, stride=2, padding=1)
+        super().__init__(channels, channels, stride=2)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         return super().forward(x)
@@ -119,8 +130,8 @@ class Embedding(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.width = arch.width
-        self.linear1 = nn.Linear(arch.width, 4 * arch.width)
-        self.linear2 = nn.Linear(4 * arch.width, 4 * arch.width)
+        self.linear1 = Linear(arch.width, 4 * arch.width)
+        self.linear2 = Linear(4 * arch.width, 4 * arch.width)
         self.label = nn.Embedding(arch.classes, 4 * arch.width) if arch.classes else None
 
     def forward(self, t: Tensor, label: Tensor | None) -> Tensor:
@@ -141,7 +152,7 @@ class Down(nn.Module):
         super().__init__()
         emb, width = 4 * arch.width, arch.width * arch.mult[0]
         self.stem = nn.PixelUnshuffle(arch.stem)
-        self.conv_in = nn.Conv2d(channels * arch.stem**2, width, 3, padding=1)
+        self.conv_in = Convolution(channels * arch.stem**2, width)
         self.blocks = nn.ModuleDict()
         self.widths = [width]  # channels of every feature map, first to last
         factor = arch.stem
@@ -188,7 +199,7 @@ class UNet(nn.Module):
                 up = Block(width, width, emb, arch, resample="up") if arch.updown else Upsample(width)
                 self.up[f"level{level}_up"] = up
         self.norm_out = NormSiLU(arch.groups, width)
-        self.conv_out = zeroed(nn.Conv2d(width, (arch.outputs or outputs) * arch.stem**2, 3, padding=1))
+        self.conv_out = zeroed(Convolution(width, (arch.outputs or outputs) * arch.stem**2))
         self.unstem = nn.PixelShuffle(arch.stem)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -218,7 +229,7 @@ class Encoder(nn.Module):
         elif arch.pool == "attention":
             self.head = AttentionPool(width, outputs, grid, arch)
         else:
-            self.head = zeroed(nn.Linear(width, outputs))
+            self.head = zeroed(Linear(width, outputs))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         y = self.head(self.pool(*self.down(x, self.embedding(t, label)))).to(x.dtype)
@@ -240,8 +251,8 @@ class AttentionPool(nn.Module):
         self.heads = channels // arch.head_width if arch.head_width else arch.heads
         self.grid = grid
         self.position = nn.Parameter(torch.randn(channels, grid[0] * grid[1] + 1) / channels**0.5)
-        self.qkv = nn.Linear(channels, 3 * channels)  # rows lie as [q, k, v][head][dim]
-        self.out = nn.Linear(channels, outputs)
+        self.qkv = Linear(channels, 3 * channels)  # rows lie as [q, k, v][head][dim]
+        self.out = Linear(channels, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2)
@@ -249,14 +260,14 @@ class AttentionPool(nn.Module):
         n, _, length = tokens.shape
         qkv = self.qkv(tokens.transpose(1, 2)).view(n, length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q[:, :, :1], k, v)  # only the mean's own query is read
+        mixed = attend(q[:, :, :1], k, v)  # only the mean's own query is read
         return self.out(mixed.transpose(1, 2).flatten(1))
 
 
 def spatial_head(features: int, outputs: int, normed: bool) -> nn.Sequential:
     """Return the two-layer head over the means of every feature map."""
     between = [nn.GroupNorm(32, 2048), nn.SiLU()] if normed else [nn.ReLU()]
-    return nn.Sequential(nn.Linear(features, 2048), *between, nn.Linear(2048, outputs))
+    return nn.Sequential(Linear(features, 2048), *between, Linear(2048, outputs))
 
 
 def without_flat(y: Tensor) -> Tensor:

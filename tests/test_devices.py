@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,19 +46,27 @@ def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda:2")
 
 
-def test_trainings_take_bfloat16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_compute_in_bfloat16_where_the_device_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert not devices.halves("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert devices.halves("cuda:0")
+    for there in (False, True):
+        monkeypatch.setattr(devices, "has_amx", lambda there=there: there)
+        assert devices.halves("cpu") == there
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace(enabled=False))  # whose kernels these are
     assert not devices.halves("cpu")
 
 
-def test_networks_compute_in_the_precision_asked_for() -> None:
+@pytest.mark.parametrize("halves", [False, True])
+def test_networks_compute_in_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch, halves: bool) -> None:
+    monkeypatch.setattr(devices, "halves", lambda device: halves)
     a, layer = torch.ones(2, 2), torch.nn.Linear(2, 2)
-    for wanted, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    by_itself = "bfloat16" if halves else "float32"
+    for wanted, got in (("auto", by_itself), ("float32", "float32"), ("bfloat16", "bfloat16")):
+        assert devices.computed_in("cpu", wanted) == got
         with devices.precision("cpu", wanted):
-            assert layer(a).dtype == dtype
+            assert str(layer(a).dtype) == f"torch.{got}"
 
 
 @pytest.mark.parametrize(

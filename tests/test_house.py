@@ -20,7 +20,7 @@ FLOORS = {
     3: ("layouts", "data", "balance", "checkpoint", "judges"),
     2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation", "patients"),
     1: (
-        "schedule", "spec", "unet", "convolution", "image", "nifti", "picture", "native", "ops", "hookspecs", "devices",
+        "schedule", "spec", "unet", "layers", "image", "nifti", "picture", "native", "ops", "hookspecs", "devices",
         "ranks", "graphs",
     ),
     0: ("errors", "files", "lock", "finite", "settings", "bootstrap", "streams"),
@@ -29,7 +29,7 @@ FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in mod
 SAME_FLOOR = {
     ("files", "errors"), ("lock", "errors"), ("lock", "files"), ("resume", "job"), ("sheets", "job"),
     ("finite", "errors"), ("settings", "errors"), ("finite", "files"), ("spec", "unet"),
-    ("ops", "native"), ("graphs", "devices"), ("convolution", "ops"), ("unet", "ops"), ("unet", "convolution"),
+    ("ops", "native"), ("graphs", "devices"), ("layers", "ops"), ("unet", "ops"), ("unet", "layers"),
     ("image", "nifti"), ("image", "picture"), ("dicom", "volume"),
     ("data", "layouts"), ("diffusers", "interop"),
 }  # fmt: skip

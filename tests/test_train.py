@@ -106,8 +106,8 @@ class Witness:
 
 
 def a_run(data: Path, models: str = "models", kind: str = "regress", **others: Any) -> Run:
-    """Return a run of eight steps of the tiny preset."""
-    settings = {"steps": 8, "batch": 4, "lr": 2e-3, "ema": 0.9, "every": 100} | others
+    """Return a run of eight steps of the tiny preset, in float32 on every machine."""
+    settings = {"steps": 8, "batch": 4, "lr": 2e-3, "ema": 0.9, "every": 100, "precision": "float32"} | others
     return Run(kind, data, data.parent / models, "squares", "tiny", **settings)
 
 
@@ -281,7 +281,7 @@ def test_every_setting_is_either_free_or_must_be_the_same(tmp_path: Path) -> Non
     run = a_run(tmp_path)
     free = {
         "steps": 9, "every": 7, "device": "cuda:0", "accumulate": 2, "command": "knife", "tensorboard": True,
-        "accept_data": True, "steal_lock": True, "deterministic": True, "skip_bad": True,
+        "accept_data": True, "steal_lock": True, "deterministic": True, "skip_bad": True, "precision": "bfloat16",
         "models": tmp_path / "other", "data": tmp_path / "moved",  # the images are compared by their content
     }  # fmt: skip
     fixed = {
@@ -295,6 +295,27 @@ def test_every_setting_is_either_free_or_must_be_the_same(tmp_path: Path) -> Non
         stored = json.loads(json.dumps(run.settings()))
         differences = resume.compare(stored, replace(run, **{name: value}).settings())
         assert [words.split(":")[0] for words in differences] == ([name] if name in fixed else [])
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "segment"])
+def test_a_training_in_bfloat16_learns_as_in_float32_and_resumes_to_the_same_bits(squares: Path, kind: str) -> None:
+    fine, coarse, halves = (
+        a_run(squares, name, kind, steps=6, precision=precision)
+        for name, precision in (("fine", "float32"), ("coarse", "bfloat16"), ("halves", "bfloat16"))
+    )
+    losses = [[loss for _, loss in trained(run).steps] for run in (fine, coarse)]
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert read_about(resume.resume_path(coarse))["environment"]["precision"] == "bfloat16"
+    assert all(tensor.dtype == torch.float32 for tensor in read_tensors(coarse.path).values())
+    for steps in (3, 6):
+        trained(replace(halves, steps=steps))
+    assert resume.digest(halves) == resume.digest(coarse)
+
+
+def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"--precision half: unknown; give one of auto, float32, bfloat16\."):
+        a_run(tmp_path, precision="half")
 
 
 @pytest.mark.parametrize("free", [{"every": 1}, {"accumulate": 2}, {"command": "again"}, {"skip_bad": True}])

@@ -61,7 +61,14 @@ MaxReconstruction = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images translated at once.")]
-Precision = Annotated[str, typer.Option("--precision", help=f"What networks compute in: {' or '.join(PRECISIONS)}.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help=f"What networks compute in: {', '.join(PRECISIONS)}; auto: bfloat16 where the processor multiplies in it "
+        "(GPUs since Ampere, CPUs with AMX).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Models = Annotated[Path, typer.Option("--models", help="Folder of trained models.")]
 Nan = Annotated[

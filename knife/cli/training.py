@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from knife.cli.options import Device, Models, Nan
+from knife.cli.options import Device, Models, Nan, Precision
 from knife.cli.terminal import Show, duration, give, progress, say, words
 from knife.cli.words import slice_range
 from knife.errors import SettingsError
+from knife.settings import DEFAULTS
 
 if TYPE_CHECKING:
     from knife.train import Budget
@@ -93,6 +94,7 @@ def train(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Compute the same bits every time, on a GPU too, if more slowly.")
     ] = False,
+    precision: Precision = DEFAULTS.precision,
     device: Device = "auto",
 ) -> None:
     """Train a diffusion model or a task network; the same command again resumes."""
@@ -136,6 +138,7 @@ def train(
         accept_data=accept_data,
         steal_lock=steal_lock,
         skip_bad=skip_bad,
+        precision=precision,
         deterministic=deterministic,
         command=command_line(sys.argv[1:]),
     )

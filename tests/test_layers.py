@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from knife import convolution, ops
-from knife.convolution import Convolution
-from knife.unet import Architecture, Encoder, UNet
+from knife import layers, ops
+from knife.bench import operations
+from knife.layers import Convolution, Linear
+from knife.unet import Architecture, Encoder, UNet, attend
 
 ARCH = Architecture(32, (1, 2), res_blocks=1, attention=(2,), heads=2)
 
@@ -25,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         seen.append(x.shape)
         return ops.winograd(x, weight, bias)
 
-    monkeypatch.setattr(convolution, "winograd", spy)
+    monkeypatch.setattr(layers, "winograd", spy)
     return seen
 
 
@@ -92,7 +93,7 @@ def test_weights_that_change_are_transformed_anew(calls: list[torch.Size], chang
     plain.weight.copy_(new)
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient(ours, x), gradient(plain, x), rtol=1e-4, atol=1e-4)
-    assert len(ours.transformed) == 2, "the old ones are dropped"
+    assert len(ours.made[1]) == 2, "the old ones are dropped"
 
 
 def test_a_network_that_learns_is_left_to_torch(calls: list[torch.Size]) -> None:
@@ -104,7 +105,7 @@ def test_a_network_that_learns_is_left_to_torch(calls: list[torch.Size]) -> None
         ours(x)
     assert ours.weight.grad is not None
     assert not calls
-    assert not ours.transformed
+    assert not ours.made[1]
 
 
 @pytest.mark.parametrize(
@@ -126,18 +127,110 @@ def test_what_does_not_suit_is_left_to_torch(calls, channels, outputs, shape, dt
 
 
 def test_without_kernels_torch_convolves(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "status", lambda device: ops.native.Status(device, "torch", "not compiled"))
+    monkeypatch.setattr(layers, "status", lambda device: ops.native.Status(device, "torch", "not compiled"))
     ours, plain = frozen()
     x = torch.randn(1, 32, 16, 16)
     assert torch.equal(ours(x), plain(x))
     assert not calls
 
 
-def test_autocast_is_left_to_torch(calls: list[torch.Size]) -> None:
+def test_autocast_takes_no_fewer_products(calls: list[torch.Size]) -> None:
     ours, _ = frozen()
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(torch.randn(1, 32, 16, 16)).dtype == torch.bfloat16
     assert not calls
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tell what is made of weights."""
+    made = list[str]()
+    once = layers.Made.once
+
+    def spy(self, what: str, make):
+        return once(self, what, lambda: made.append(what) or make())
+
+    monkeypatch.setattr(layers.Made, "once", spy)
+    return made
+
+
+FORMS = {"three wide": (3, 1), "one wide": (1, 1), "halving": (3, 2)}
+
+
+@pytest.mark.parametrize(("width", "stride"), FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("packed", [True, False])
+def test_under_autocast_frozen_weights_are_halved_once(monkeypatch, halved, width: int, stride: int, packed) -> None:
+    if not packed:
+        monkeypatch.setattr(layers, "packs", lambda x: False)
+    torch.manual_seed(0)
+    ours, plain = Convolution(32, 48, width, stride), nn.Conv2d(32, 48, width, stride, width // 2)
+    plain.load_state_dict(ours.state_dict())
+    for net in (ours, plain):
+        net.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        for x in (torch.randn(1, 32, 16, 16), torch.randn(3, 32, 12, 20).to(memory_format=torch.channels_last)):
+            for x_as_given in (x, x.bfloat16()):
+                got, wanted = ours(x_as_given), plain(x_as_given)
+                assert got.dtype == torch.bfloat16
+                torch.testing.assert_close(got, wanted, rtol=0.01, atol=0.01)
+                descents = [gradient(net, x_as_given) for net in (ours, plain)]
+                assert descents[0].dtype == x_as_given.dtype
+                torch.testing.assert_close(*descents, rtol=0.01, atol=0.01)
+    assert len(halved) == len({*halved})
+    assert ("packed back" in halved) == (packed and stride == 1)
+
+
+def test_weights_that_change_are_halved_anew(halved: list[str]) -> None:
+    ours, plain = frozen()
+    x = torch.randn(1, 32, 8, 8)
+    for bias in (ours.bias, ours.weight):
+        with torch.autocast("cpu", torch.bfloat16):
+            ours(x)
+        bias.mul_(2)
+    plain.load_state_dict(ours.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(x), plain(x), rtol=0.01, atol=0.01)
+
+
+def test_layers_that_learn_are_left_to_autocast(halved: list[str]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Convolution(32, 32), nn.Flatten(), Linear(32 * 64, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.randn(1, 32, 8, 8)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert not halved
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_linear_maps_under_autocast_answer_as_torch_does(halved: list[str], rows: int) -> None:
+    torch.manual_seed(0)
+    ours, plain = Linear(24, 40), nn.Linear(24, 40)
+    plain.load_state_dict(ours.state_dict())
+    for net in (ours, plain):
+        net.requires_grad_(False)
+    x = torch.randn(rows, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, wanted = ours(x), plain(x)
+        torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(gradient(ours, x), gradient(plain, x), rtol=0.02, atol=0.02)
+    assert halved == (["halved", "halved bias"] if rows > layers.FEW_ROWS else [])
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_operations_are_counted_alike_however_they_are_done() -> None:
+    ours, _ = frozen()
+    x = torch.randn(2, 32, 16, 16)
+    for halved in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=halved):
+            ours(x)  # weights are made ready
+            assert operations(lambda: ours(x)) == 2 * 2 * 9 * 32 * 48 * 16 * 16
+
+
+def test_attention_has_the_same_gradient_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 3, 16, 8)
+    wanted, got = gradient(lambda x: attend(*x), x), gradient(lambda x: attend(*x.bfloat16()).float(), x)
+    torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -153,7 +246,7 @@ def test_networks_answer_as_with_torch(calls: list[torch.Size], monkeypatch: pyt
         answer, slope = net(x, t), gradient(lambda x, net=net: net(x, t), x)
         count = len(calls)
         with monkeypatch.context() as patch:
-            patch.setattr(convolution, "pays", lambda x, weight: False)
+            patch.setattr(layers, "pays", lambda x, convolution: False)
             plain = twin(x, t), gradient(lambda x, twin=twin: twin(x, t), x)
         assert count == len(calls) > 0
         for got, wanted in zip((answer, slope), plain, strict=True):

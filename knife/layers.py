@@ -1,0 +1,187 @@
+"""The layers of the networks: torch's while a network learns; once frozen, from weights that were made ready once.
+
+In float32 on the CPU, 3x3 convolutions take a quarter of the products (`knife.ops.winograd`). Under bfloat16 autocast
+weights are halved once instead of at every call, and on the CPU packed as oneDNN reads them. What is made of weights is
+kept beside them: four times their memory in float32, half of it in bfloat16, as much again where a gradient is asked
+for. What a network answers, and its gradient over the pixels, are the same up to rounding. Weights that change in place
+are noticed, but for what is done to `weight.data`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from knife.ops import LANES, TILE, needs_gradient, status, winograd, winograd_weight
+
+FEWEST_TILES = 16  # of fewer, fetching four times the weights takes longer than the products that are saved
+FEWEST_CHANNELS = 32
+State = tuple[tuple[int, int], ...]  # of weight and bias: where they lie, and how often they were written to
+FEW_ROWS = 16  # that a linear map takes at once: in float32 these are faster than oneDNN is called
+
+
+class Made:
+    """Keeps what was made of a layer's weights, until these change; a base of layers beside one of torch's."""
+
+    weight: Tensor
+    bias: Any  # a tensor or None
+    made: tuple[State, Mapping[str, Tensor]] = ((), {})  # of weights in which state; what, by name
+
+    def once(self, what: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return what was made of the weights under a name, or make it."""
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in (self.weight, self.bias) if tensor is not None)
+        of, made = self.made
+        made = made if of == state else {}
+        if what not in made:
+            made = {**made, what: make()}  # a new one, as other threads may read the old
+            self.made = state, made
+        return made[what]
+
+    def halved(self) -> Tensor:
+        """Return the weight in bfloat16."""
+        return self.once("halved", lambda: self.weight.detach().bfloat16())
+
+    def halved_bias(self) -> Tensor | None:
+        """Return the bias in bfloat16."""
+        return None if self.bias is None else self.once("halved bias", lambda: self.bias.detach().bfloat16())
+
+    def halves(self, x: Tensor) -> bool:
+        """Tell whether autocast would halve these weights for x, and once is enough, as they are frozen."""
+        if self.weight.requires_grad or self.weight.dtype != torch.float32 or torch.compiler.is_compiling():
+            return False
+        return torch.is_autocast_enabled(kind := x.device.type) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was made of the weights out of copies and pickles, whose weights lie elsewhere."""
+        return {**self.__dict__, "made": ((), {})}
+
+
+class Linear(Made, nn.Linear):
+    """An `nn.Linear` but for how it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.halves(x):
+            return super().forward(x)
+        if x.device.type != "cpu" or x.numel() > FEW_ROWS * self.in_features:
+            return F.linear(x.bfloat16(), self.halved(), self.halved_bias())
+        with torch.autocast("cpu", enabled=False):  # where a call costs more than the products
+            return F.linear(x.float(), self.weight, self.bias).bfloat16()
+
+
+class Convolution(Made, nn.Conv2d):
+    """A convolution of odd width: [N, C, H, W] -> [N, K, H, W], or with stride 2 half of the grid.
+
+    An `nn.Conv2d` but for how it computes.
+    """
+
+    def __init__(self, channels: int, outputs: int, width: int = 3, stride: int = 1) -> None:
+        super().__init__(channels, outputs, width, stride, padding=width // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.halves(x):
+            x = x.bfloat16()
+            if self.stride != (1, 1) or not packs(x):
+                return self._conv_forward(x, self.halved(), self.halved_bias())
+        elif not pays(x, self):
+            return super().forward(x)
+        if needs_gradient(x):
+            differentiable: Any = _Frozen
+            convolved: Tensor = differentiable.apply(x, self)
+            return convolved
+        return self.convolve(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolve features by frozen weights, in float32 or bfloat16."""
+        if x.dtype == torch.float32:
+            return winograd(x, self.once("winograd", lambda: winograd_weight(self.weight.detach())), self.bias)
+        return packed(x, self.once("packed", lambda: pack(self.weight.detach().bfloat16(), x)), self.halved_bias())
+
+    def descend(self, grad: Tensor) -> Tensor:
+        """Return the gradient over x, of that over y: again a convolution, by the weights turned around."""
+        if grad.dtype == torch.float32:
+            return winograd(grad, self.once("winograd back", lambda: winograd_weight(self.turned())), None)
+        return packed(grad, self.once("packed back", lambda: pack(self.turned().bfloat16(), grad)), None)
+
+    def turned(self) -> Tensor:
+        """Return the weights that lead backwards, [C, K, w, w]."""
+        return self.weight.detach().flip(2, 3).transpose(0, 1)
+
+
+class _Frozen(torch.autograd.Function):
+    """The convolution as a function of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, convolution: Convolution) -> Tensor:
+        ctx.convolution = convolution
+        return convolution.convolve(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.convolution.descend(grad), None
+
+
+def forget(net: nn.Module) -> None:
+    """Free what was made of the weights of a network that learns on, and is asked again only when they have changed."""
+    for module in net.modules():
+        if isinstance(module, Made):
+            module.made = (), {}
+
+
+def pays(x: Tensor, convolution: Convolution) -> bool:
+    """Tell whether a convolution of x [N, C, H, W] can be done faster, by fewer products."""
+    weight, bias = convolution.weight, convolution.bias
+    if weight.requires_grad or needs_gradient(bias) or weight.is_inference() or torch.compiler.is_compiling():
+        return False
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    outputs, channels, width, _ = weight.shape
+    tiles = len(x) * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE)
+    if width != 3 or convolution.stride != (1, 1) or tiles < FEWEST_TILES:
+        return False
+    if min(outputs, channels) < FEWEST_CHANNELS or outputs % LANES or channels % LANES:
+        return False
+    return status("cpu").path == "native"
+
+
+# -------------------------------------------------------------------------------------------------------------- oneDNN
+
+ONEDNN: Any = torch.ops.mkldnn  # what torch.compile makes of frozen convolutions
+
+
+def packs(x: Tensor) -> bool:
+    """Tell whether oneDNN convolves features like x, so that weights can be packed for it."""
+    there = torch.backends.mkldnn.is_available() and hasattr(ONEDNN, "_convolution_pointwise")
+    return x.device.type == "cpu" and there and bool(torch.backends.mkldnn.enabled)
+
+
+def pack(weight: Tensor, x: Tensor) -> Tensor:
+    """Return weights [K, C, w, w] as oneDNN reads them; they serve any size of x [N, C, H, W]."""
+    ready: Tensor = ONEDNN._reorder_convolution_weight(weight.contiguous(), *form_of(weight), list(x.shape))
+    return ready
+
+
+def packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve x by packed weights, padded so that the grid stays."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    convolved: Tensor = ONEDNN._convolution_pointwise(x, weight, bias, *form_of(weight), "none", [], None)
+    return convolved
+
+
+def form_of(weight: Tensor) -> tuple[list[int], list[int], list[int], int]:
+    """Return padding, stride, dilation and groups of a convolution that keeps the grid."""
+    padding = weight.shape[-1] // 2
+    return [padding, padding], [1, 1], [1, 1], 1
+
+
+if packs(torch.empty(0)):
+
+    @register_flop_formula(ONEDNN._convolution_pointwise)
+    def packed_operations(x: Any, weight: Any, *others: Any, out_shape: Any, **more: Any) -> int:
+        """Count as torch counts a convolution: two operations for each product."""
+        return 2 * math.prod(weight) * math.prod(out_shape) // int(out_shape[1])
