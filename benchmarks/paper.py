@@ -142,6 +142,7 @@ def about(options: argparse.Namespace) -> Row:
     named = {name: getattr(options, name) for name in ("device", "precision", "autotune", "tiny")}
     kernels = ops.status(torch.device(options.device).type).path
     return {"machine": machine(options.device), **named, "graphs": in_words(), "ops": kernels} | {
+        "product, GFLOP/s": round(peak_of(options.device, options.precision)),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -443,14 +444,16 @@ def at_batch(job: TrainingJob, batch: int) -> TrainingJob:
 def trained(state: State, job: TrainingJob, batch: int, options: argparse.Namespace) -> Row:
     """Time steps of one batch size."""
     precision, x = "bfloat16" if halves(options.device) else "float32", job.examples[0][0][None].to(options.device)
-    work = operations(lambda: forward(state.net, x, middle(x)))
+    work, peak = operations(lambda: forward(state.net, x, middle(x))), peak_of(options.device, precision)
 
     def steps() -> Row:
         call = partial(train_step, state, at_batch(job, batch))
         spent = medians({"step": call}, options.repeats, options.device)["step"]
-        rate = 3 * work * batch / spent / 1e9
-        of_peak = rate / peak_of(options.device, precision)
-        return {"images a second": batch / spent, "seconds": spent, "of peak": of_peak}
+        return {
+            "images a second": batch / spent,
+            "seconds": spent,
+            "of peak": 3 * work * batch / spent / 1e9 / peak,
+        }
 
     row = {"network": job.run.preset, "batch": batch, "precision": precision}
     return fenced(row, options.device, steps)
