@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # What only a GPU can tell. Run from the root of a checkout, with a python3 that has torch for CUDA:
 #
-#     bash benchmarks/gpu.sh ops       build and test the CUDA kernels, look for memory errors and races, measure them
+#     bash benchmarks/gpu.sh ops       build and test the CUDA kernels, measure them and the calls of the networks
+#     bash benchmarks/gpu.sh ways      quality and seconds in float32 and bfloat16, calls launched and recorded (CUDA graphs)
+#     bash benchmarks/gpu.sh paper     the paper's networks: seconds an image beside the floor, launches of a step, training
+#     bash benchmarks/gpu.sh peers     the same work by other programs, in float32 and in bfloat16
+#     bash benchmarks/gpu.sh sanitize  look for memory errors and races of the kernels
 #     bash benchmarks/gpu.sh train     make phantoms and train the four small models on them
 #     bash benchmarks/gpu.sh measure   quality figures, seconds per image, images a second of the loader
-#     bash benchmarks/gpu.sh ways      quality and seconds in float32 and bfloat16, calls launched and recorded (CUDA graphs)
 #
-# Each takes less than ten minutes on one H100. Results go to $OUT (default: out/). Packages that python3 lacks can lie as
-# wheels in .whl/; knife and they are installed into $KNIFE_SITE (default: /tmp/knife-site).
+# Several stages can be given, and are installed for once; one that fails leaves the others. Each is made to take less
+# than ten minutes on one H100, and what it has printed stays if it is stopped. Results go to $OUT (default: out/).
+# Packages that python3 lacks, for peers those of the extra `peers`, can lie as wheels in .whl/; knife and they are
+# installed into $KNIFE_SITE (default: /tmp/knife-site).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,7 +37,6 @@ gpu_ops() {
     python3 -c 'from knife import native, ops; [print(ops.status(d), ops.self_test(d)) for d in native.SOURCES]'
     say "tests"
     timeout 240 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_graphs.py -rs
-    bash benchmarks/sanitize.sh cuda
     say "GB/s"
     for dtype in float32 bfloat16; do
         python3 benchmarks/ops.py --device cuda --dtype "$dtype" | tee "$out/ops-$dtype.txt"
@@ -40,6 +44,8 @@ gpu_ops() {
     say "calls of the networks"
     timeout 100 python3 benchmarks/network.py --device cuda --repeats 20 | tee "$out/network.txt"
 }
+
+gpu_sanitize() { bash benchmarks/sanitize.sh cuda; }
 
 # Train one network; SIGTERM after so many seconds saves, and the same command goes on from there.
 train_one() {
@@ -85,7 +91,53 @@ gpu_ways() {
     done
 }
 
-case "${1:-}" in
-    ops | train | measure | ways) install && nvidia-smi -L && "gpu_$1" ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
-esac
+# Keep what a script prints in a file of results, after what is there; stopped after so many seconds, or failed, it
+# leaves what it had printed.
+kept() {
+    local file=$1 seconds=$2
+    shift 2
+    timeout "$seconds" python3 "$@" |& tee -a "$out/$file" || true
+}
+
+gpu_paper() {
+    rm -f "$out/paper.txt"
+    local graphs cases=brats-regress,faces-regress,brats-segment
+    # a network that cannot be recorded is told in its row
+    export PYTHONWARNINGS=error:KNIFE_GRAPHS
+    for graphs in off on; do
+        say "seconds an image, graphs $graphs"
+        KNIFE_GRAPHS=$graphs kept paper.txt 120 benchmarks/paper.py --device cuda --parts walks --cases $cases --most 8
+    done
+    say "launches of a step"
+    kept paper.txt 45 benchmarks/paper.py --device cuda --parts launches --cases $cases
+    say "training"
+    kept paper.txt 90 benchmarks/paper.py --device cuda --parts training --cases brats-regress,faces-regress
+    say "launches of a step, recorded"
+    KNIFE_GRAPHS=on kept paper.txt 45 benchmarks/paper.py --device cuda --parts launches --cases $cases
+    say "with the algorithms that cuDNN finds fastest"
+    KNIFE_GRAPHS=on kept paper.txt 45 benchmarks/paper.py --device cuda --parts walks --cases brats-regress --most 2 --autotune
+}
+
+gpu_peers() {
+    rm -f "$out/peers.txt"
+    local work=brats16,faces16,brats-walk others=guided-diffusion,diffusers,monai
+    say "float32"
+    kept peers.txt 150 benchmarks/peers.py --device cuda --repeats 3 --only "$work,knife,$others"
+    say "bfloat16, knife's calls recorded"
+    KNIFE_GRAPHS=on kept peers.txt 300 benchmarks/peers.py --device cuda --precision bfloat16 --repeats 3 \
+        --only "$work,knife,$others,diffusers-compile"
+}
+
+usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+[ $# -gt 0 ] || usage
+for stage in "$@"; do
+    case "$stage" in ops | ways | paper | peers | sanitize | train | measure) ;; *) usage ;; esac
+done
+install && nvidia-smi -L
+failed=0
+for stage in "$@"; do
+    "gpu_$stage" &  # in a process of its own, which ends where a command fails
+    wait $! || { say "$stage failed"; failed=1; }
+done
+exit $failed

@@ -1,6 +1,7 @@
 """Seconds an image of knife beside guided-diffusion, diffusers and MONAI, on the same work.
 
-    python benchmarks/peers.py [--only NAME,NAME,...] [--repeats 5] [--threads N]
+    python benchmarks/peers.py [--only NAME,NAME,...] [--repeats 5] [--threads N] [--device cuda]
+                               [--precision bfloat16]
 
 The same U-Net with the same random weights, the same guide, the same phantoms, the same levels: knife imports the
 weights as guided-diffusion stores them and exports them for diffusers, whose file MONAI's network reads under other
@@ -13,7 +14,15 @@ seconds are the clock's; those of the CPU stand beside them, of all threads toge
 program that is not installed is a row that says so (`pip install -e .[peers]`).
 
 Cases: `batch1`, `batch8` (64x64x4, 20 steps up, 20 guided steps down), `faces`, `brats` (one call of the paper's
-U-Nets, without gradient), and, if --only names it, `paper` (500 + 500 steps, once: the paper's way).
+U-Nets, without gradient), and, if --only names it, `paper` (500 + 500 steps, once: the paper's way). On a GPU also
+`faces16`, `brats16` (one call of 16 images), and `brats-walk` (16 images, 10 steps up and 10 guided down). Seconds
+begin when the images lie on the device, and end when it is done.
+
+With --precision bfloat16 a peer does all its work under one torch.autocast, which keeps the weights it has halved, and
+knife computes as its own option of that name lets it. Networks of random weights make much of that rounding: what
+differs is no longer small. KNIFE_GRAPHS=on records knife's calls on a GPU. `diffusers-compile` is diffusers' U-Net in
+channels_last under torch.compile, run on a GPU (in the mode `reduce-overhead`, which records CUDA graphs), or where
+--only names it; the seconds that compiling took are told apart.
 
 `knife-standard` is no equal work: it is all of `knife.translate` as it comes, models read, 20 steps by ab2, a control
 beside the edit. The guide being random, it is made to take its target for reached at once; where it is not, an image is
@@ -32,9 +41,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -63,6 +74,7 @@ class Case(NamedTuple):
     batch: int = 1
     stride: int = 0  # timesteps between two steps of a walk; 0: no walk, the U-Net is asked once
     times: int | None = None  # how often it is repeated, whatever --repeats says
+    unasked: tuple[str, ...] = ("cpu", "cuda")  # kinds of devices on which it is done though --only names none
 
     @property
     def timesteps(self) -> list[int]:
@@ -70,12 +82,30 @@ class Case(NamedTuple):
         return [*range(0, HIGHEST + 1, self.stride)] if self.stride else [HIGHEST // 2]
 
 
+class Where(NamedTuple):
+    """What all programs compute on, and how."""
+
+    device: str = "cpu"
+    precision: str = "float32"
+
+    @property
+    def kind(self) -> str:
+        """Return the kind of the device: cpu, cuda."""
+        return self.device.partition(":")[0]
+
+    def settle(self) -> None:
+        """Wait until a GPU has done what was asked of it."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
 class Program(NamedTuple):
     """One program: what it is called, how its runs are set up, and what it needs, module -> distribution."""
 
     name: str
-    prepare: Callable[[Path, Case], Run]
+    prepare: Callable[[Path, Case, Where], Run]
     needs: Mapping[str, str]
+    unasked: tuple[str, ...] = ("cpu", "cuda")  # kinds of devices on which it runs though --only names none
 
 
 class Figures(NamedTuple):
@@ -94,38 +124,54 @@ CASES = [
     Case("batch8", "64x64x4, batch 8, 20 + 20 steps", "small", 8, 25),
     Case("faces", "paper's faces U-Net, 128x128x3, one call", "faces"),
     Case("brats", "paper's BRATS U-Net, 256x256x4, one call", "brats"),
-    Case("paper", "64x64x4, batch 1, 500 + 500 steps", "small", 1, 1, times=1),
+    Case("paper", "64x64x4, batch 1, 500 + 500 steps", "small", 1, 1, times=1, unasked=()),
+    Case("faces16", "paper's faces U-Net, 128x128x3, batch 16, one call", "faces", 16, unasked=("cuda",)),
+    Case("brats16", "paper's BRATS U-Net, 256x256x4, batch 16, one call", "brats", 16, unasked=("cuda",)),
+    Case("brats-walk", "paper's BRATS networks, batch 16, 10 + 10 steps", "brats", 16, 50, unasked=("cuda",)),
 ]
 
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Measure, and print a table and one JSON line."""
+    """Measure, and print a table of each case when it is done, and one JSON line."""
     options = parse()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    only = set(options.only.split(",")) if options.only else set()
-    cases = [case for case in CASES if case.name in only] or CASES[:-1]
-    programs = [program for program in PROGRAMS if program.name in only] or PROGRAMS
+    where = Where(options.device, options.precision)
+    cases, programs = chosen(options.only, where)
+    facts = about(options.threads, where)
+    print("; ".join(f"{key} {value}" for key, value in facts.items() if value))
+    results = {}
     with tempfile.TemporaryDirectory() as name:
         for network in {case.network for case in cases}:
-            store(network, Path(name, network), max(case.batch for case in cases))
-        found = measure(cases, programs, Path(name), options)
-    results = {case.name: rows(found[case.name]) for case in cases}
-    facts = about(options.threads)
-    print("; ".join(f"{key} {value}" for key, value in facts.items() if value))
-    for case in cases:
-        show(case.words, results[case.name])
+            walked = max((case.batch for case in cases if case.network == network and case.stride), default=0)
+            store(network, Path(name, network), walked)
+        workers = {one.name: start(one, options.threads, where) for one in programs if not lacking(one)}
+        for case in cases:
+            results[case.name] = rows(measure(case, programs, workers, Path(name), options.repeats))
+            show(case.words, results[case.name])
+        for pipe in workers.values():
+            pipe.close()
     print(json.dumps({"benchmark": "peers", **facts, "results": results}))
+
+
+def chosen(only: str | None, where: Where) -> tuple[list[Case], list[Program]]:
+    """Return the cases and programs that --only names; of a kind of which it names none, those that are usual."""
+    named = set(only.split(",")) if only else set()
+    cases = [case for case in CASES if case.name in named] or [case for case in CASES if where.kind in case.unasked]
+    programs = [one for one in PROGRAMS if one.name in named] or [one for one in PROGRAMS if where.kind in one.unasked]
+    return cases, programs
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     names = [case.name for case in CASES] + [program.name for program in PROGRAMS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help=f"cases and programs, with commas: {', '.join(names)}; default: all but paper")
+    parser.add_argument("--only", help=f"cases and programs, with commas: {', '.join(names)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()
     for name in options.only.split(",") if options.only else ():
         if name not in names:
@@ -133,37 +179,33 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def about(threads: int) -> dict[str, Any]:
+def about(threads: int, where: Where) -> dict[str, Any]:
     """Return what the figures hold for."""
     from knife.bench import machine
+    from knife.graphs import in_words
 
     wanted = dict.fromkeys(name for program in PROGRAMS for name in program.needs.values())
     found = {dist.name.replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
     versions = {name: found.get(name, "") for name in ("torch", *wanted)}
-    return {"machine": machine("cpu"), "threads": threads, "date": time.strftime("%Y-%m-%d"), **versions}
+    facts = {"machine": machine(where.device), **where._asdict(), "graphs": in_words() if where.kind == "cuda" else ""}
+    return {**facts, "threads": threads, "date": time.strftime("%Y-%m-%d"), **versions}
 
 
 def measure(
-    cases: Sequence[Case], programs: Sequence[Program], folder: Path, options: argparse.Namespace
-) -> dict[str, list[Figures]]:
-    """Ask every program in turn, case by case."""
-    workers = {program.name: start(program, options.threads) for program in programs if not lacking(program)}
-    found = {}
-    for case in cases:
-        x = images(folder / case.network, case)
-        asking = [program for program in programs if case.stride or program.prepare is not knife_standard]
-        figures = {program.name: Figures(program.name, problem=lacking(program)) for program in asking}
-        for repeat in range(case.times or options.repeats):
-            turn = repeat % len(asking)
-            for program in (*asking[turn:], *asking[:turn]):
-                if not figures[program.name].problem:
-                    figures[program.name] = asked(
-                        workers[program.name], figures[program.name], case, folder / case.network, x
-                    )
-        found[case.name] = [*figures.values()]
-    for pipe in workers.values():
-        pipe.close()
-    return found
+    case: Case, programs: Sequence[Program], workers: Mapping[str, Connection], folder: Path, repeats: int
+) -> list[Figures]:
+    """Ask every program in turn to do a case."""
+    x = images(folder / case.network, case)
+    asking = [program for program in programs if case.stride or program.prepare is not knife_standard]
+    figures = {program.name: Figures(program.name, problem=lacking(program)) for program in asking}
+    for repeat in range(case.times or repeats):
+        turn = repeat % len(asking)
+        for program in (*asking[turn:], *asking[:turn]):
+            if not figures[program.name].problem:
+                figures[program.name] = asked(
+                    workers[program.name], figures[program.name], case, folder / case.network, x
+                )
+    return [*figures.values()]
 
 
 def lacking(program: Program) -> str:
@@ -205,18 +247,19 @@ def show(words: str, table: Sequence[Mapping[str, Any]]) -> None:
             line += f"{row['ratio']:14.3f}" + "{:>7.2f} -{:4.2f}".format(*row["ratio_spread"])
         line += f"{row['difference']:12.1e}" if "difference" in row else " " * 12 * ("ratio" in row)
         told = {"decodes": "{:.1f} decodes", "gflops": "{:.0f} GFLOP/s", "peak": "matrix product {:.0f} GFLOP/s"}
+        told["compiling"] = "compiled in {:.0f} s"
         notes = [form.format(row[key]) for key, form in told.items() if key in row]
-        print(f"{line}  {', '.join([*notes, row.get('problem', '')])}".rstrip(", "))
+        print(f"{line}  {', '.join([*notes, row.get('problem', '')])}".rstrip(", "), flush=True)
 
 
 # --- A process of each program ----------------------------------------------------------------------------------------
 
 
-def start(program: Program, threads: int) -> Connection:
+def start(program: Program, threads: int, where: Where) -> Connection:
     """Start a program's process; it ends when the pipe is closed."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    context.Process(target=serve, args=(program.name, theirs, threads), daemon=True).start()
+    context.Process(target=serve, args=(program.name, theirs, threads, where), daemon=True).start()
     theirs.close()
     return pipe
 
@@ -235,11 +278,13 @@ def asked(pipe: Connection, before: Figures, case: Case, folder: Path, x: np.nda
     return before._replace(**times, result=result, told=told)
 
 
-def serve(name: str, pipe: Connection, threads: int) -> None:
+def serve(name: str, pipe: Connection, threads: int, where: Where) -> None:
     """Do cases until nobody asks for any more: set one up when it is new, run a little of it, then all of it, timed."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # at what peers and their own dependencies find old
+    warnings.filterwarnings("error", "KNIFE_GRAPHS")  # calls that cannot be recorded are no figure of recorded ones
     program = next(program for program in PROGRAMS if program.name == name)
+    halved = where.precision == "bfloat16" and not name.startswith("knife")  # knife itself says where it halves
     run, ready = None, None
     while True:
         try:
@@ -247,16 +292,21 @@ def serve(name: str, pipe: Connection, threads: int) -> None:
         except EOFError:
             return
         try:
-            given = torch.from_numpy(x)
-            if case != ready:
-                run, ready = None, None  # so that its memory is free for the next
-                run, ready = program.prepare(folder, case), case
-                run(given, case.timesteps[:2])
-            assert run is not None
-            began, busy = time.perf_counter(), time.process_time()
-            result, told = run(given, case.timesteps)
-            seconds, cpu = time.perf_counter() - began, time.process_time() - busy
-            pipe.send((seconds, cpu, None if result is None else result.contiguous().numpy(), told))
+            with torch.autocast(where.kind, torch.bfloat16, enabled=halved):
+                given = torch.from_numpy(x).to(where.device)
+                if case != ready:
+                    run, ready = None, None  # so that its memory is free for the next
+                    if where.kind == "cuda":
+                        torch.cuda.empty_cache()
+                    run, ready = program.prepare(folder, case, where), case
+                    run(given, case.timesteps[:2])
+                assert run is not None
+                where.settle()
+                began, busy = time.perf_counter(), time.process_time()
+                result, told = run(given, case.timesteps)
+                where.settle()
+                seconds, cpu = time.perf_counter() - began, time.process_time() - busy
+            pipe.send((seconds, cpu, None if result is None else result.float().contiguous().cpu().numpy(), told))
         except Exception as error:  # whatever a peer may raise becomes its row
             pipe.send(f"failed: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
 
@@ -279,8 +329,8 @@ def specs() -> dict[str, "ImageSpec"]:
     }
 
 
-def store(network: str, folder: Path, count: int) -> None:
-    """Store a network's random weights in every program's way, and for the small one a guide and phantoms.
+def store(network: str, folder: Path, walked: int) -> None:
+    """Store a network's random weights in every program's way, and a guide and so many phantoms if any are walked.
 
     folder/unet.pt, guide.pt: as guided-diffusion stores them; .json: its options. folder/diffusers: as diffusers does.
     folder/models: as knife does, once it has imported the former.
@@ -295,11 +345,11 @@ def store(network: str, folder: Path, count: int) -> None:
     (folder / "unet.json").write_text(json.dumps(original_options(spec, encoder=False)))
     imported(folder / "unet.pt", "diffusion", spec)
     export_diffusers(folder / "models" / "peers" / "diffusion.safetensors", folder / "diffusers")
-    if network == "small":
+    if walked:
         store_as_original(spec.build_encoder(1), folder / "guide.pt")
         (folder / "guide.json").write_text(json.dumps(original_options(spec, encoder=True)))
-        for i in range(count):
-            write_nifti(folder / f"{i}.nii", phantom(i, seed=5).pixels)
+        for i in range(walked):
+            write_nifti(folder / f"{i}.nii", phantom(i, spec.size[0], seed=5).pixels)
         imported(folder / "guide.pt", "regress", spec)
 
 
@@ -360,7 +410,7 @@ def steepness_of(folder: Path) -> float:
     from knife.ddim import slope
     from knife.schedule import Schedule, noise
 
-    x = torch.from_numpy(images(folder, Case("", "", "small", 1, 1)))
+    x = torch.from_numpy(images(folder, Case("", "", "", 1, 1)))
     ab = Schedule("linear", TRAINED).alpha_bar[HIGHEST // 2].expand(len(x))
     noisy = noise(x, torch.randn_like(x), ab)
     guide = load_model(folder / "models" / "peers" / "regress.safetensors")
@@ -370,14 +420,19 @@ def steepness_of(folder: Path) -> float:
 
 def images(folder: Path, case: Case) -> np.ndarray:
     """Return what a case begins with, [N, C, H, W]: phantoms to walk, noise for a call."""
+    shape = shape_of(folder, case)
     if case.stride:
         from knife.phantom import phantom
 
-        x = np.stack([phantom(i, seed=5).pixels for i in range(case.batch)]) * 2 - 1
+        x = np.stack([phantom(i, shape[-1], seed=5).pixels for i in range(case.batch)]) * 2 - 1
         return x.astype(np.float32)
-    options = json.loads((folder / "unet.json").read_text())
-    shape = (case.batch, options["in_channels"], options["image_size"], options["image_size"])
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).numpy()
+
+
+def shape_of(folder: Path, case: Case) -> tuple[int, int, int, int]:
+    """Return the shape of what a case begins with."""
+    options = json.loads((folder / "unet.json").read_text())
+    return case.batch, options["in_channels"], options["image_size"], options["image_size"]
 
 
 def score(guide: Network, x: Tensor, t: Tensor) -> Tensor:
@@ -388,65 +443,73 @@ def score(guide: Network, x: Tensor, t: Tensor) -> Tensor:
 # --- knife ------------------------------------------------------------------------------------------------------------
 
 
-def knife(folder: Path, case: Case) -> Run:
+def knife(folder: Path, case: Case, where: Where) -> Run:
     """Set up the networks as `knife translate` loads them, and the paper's solver."""
     from knife import load_model
     from knife.ddim import Guidance, ddim, decode, encode
+    from knife.graphs import replay
     from knife.schedule import Schedule
 
-    net = load_model(folder / "models" / "peers" / "diffusion.safetensors")
+    net = load_model(folder / "models" / "peers" / "diffusion.safetensors", where.device)
     if not case.stride:
-        return with_rate(net)
-    guide = load_model(folder / "models" / "peers" / "regress.safetensors")
-    pulls = [Guidance(lambda x, t: score(guide, x, t), json.loads((folder / "scale.json").read_text()))]
-    schedule = Schedule("linear", TRAINED)
+        return with_rate(net, where)
+    guide = load_model(folder / "models" / "peers" / "regress.safetensors", where.device)
+    for one in (net, guide):
+        replay(one)
+    told = precisely(lambda x, t: score(guide, x, t), where)
+    pulls = [Guidance(told, json.loads((folder / "scale.json").read_text()))]
+    schedule, asked = Schedule("linear", TRAINED), precisely(net, where)
 
     def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         levels = [t + 1 for t in timesteps]
-        noisy, _ = encode(net, x.to(memory_format=torch.channels_last), schedule, levels, solver=ddim)
-        return decode(net, noisy, schedule, levels, pulls, solver=ddim), {}
+        noisy, _ = encode(asked, x.to(memory_format=torch.channels_last), schedule, levels, solver=ddim)
+        return decode(asked, noisy, schedule, levels, pulls, solver=ddim), {}
 
     return run
 
 
-def with_rate(net: nn.Module) -> Run:
-    """Return a run that asks a network once and tells GFLOP/s, beside those of the fastest of some matrix products."""
-    from torch.utils.flop_counter import FlopCounterMode
+def precisely(network: Network, where: Where) -> Network:
+    """Return a network, or a score, in the precision that a translation gives it."""
+    from knife.devices import precision
 
-    flops, peak = list[int](), matrix_peak()
-    once = called(lambda x, t: net(x.to(memory_format=torch.channels_last), t))
+    def answer(x: Tensor, t: Tensor) -> Tensor:
+        with precision(where.device, where.precision):
+            return network(x, t)
+
+    return answer
+
+
+def with_rate(net: nn.Module, where: Where) -> Run:
+    """Return a run that asks a network once and tells GFLOP/s, beside those of the fastest of some matrix products."""
+    from knife.bench import operations, peak_gflops
+    from knife.graphs import replay
+
+    flops, peak = list[int](), peak_gflops(where.device, dtype=getattr(torch, where.precision))
+    once = called(precisely(lambda x, t: net(x.to(memory_format=torch.channels_last), t), where))
 
     def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor | None, dict[str, float]]:
         if not flops:
-            with FlopCounterMode(display=False) as counter:
-                once(x, timesteps)
-            flops.append(counter.get_total_flops())
+            flops.append(operations(lambda: once(x, timesteps)))
+            replay(net)
         began = time.perf_counter()
         result, _ = once(x, timesteps)
+        where.settle()
         return result, {"gflops": flops[0] / 1e9 / (time.perf_counter() - began), "peak": peak}
 
     return run
 
 
-def matrix_peak(side: int = 2048) -> float:
-    """Return the GFLOP/s of the fastest of five products of square matrices."""
-    a, b, best = torch.randn(side, side), torch.randn(side, side), float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / 1e9 / best
-
-
-def knife_standard(folder: Path, case: Case) -> Run:
+def knife_standard(folder: Path, case: Case, where: Where) -> Run:
     """Set up what a user types: `knife translate` at its standard quality, but for images that are refused."""
     from knife import Settings, Wish, translate
 
     settings = Settings(noise_level=HIGHEST, batch_size=case.batch, extrapolate=True, max_reconstruction=1e9)
+    settings = replace(settings, precision=where.precision)
 
     def run(x: Tensor, timesteps: Sequence[int]) -> tuple[None, dict[str, float]]:
         files = [folder / f"{i}.nii" for i in range(len(x))]
-        done = translate(files, Wish("regress", str(TARGET)), models=folder / "models", settings=settings, device="cpu")
+        wish, models = Wish("regress", str(TARGET)), folder / "models"
+        done = translate(files, wish, models=models, settings=settings, device=where.device)
         return None, {"decodes": statistics.mean(len(one.record.get("attempts", [()])) for one in done)}
 
     return run
@@ -455,16 +518,16 @@ def knife_standard(folder: Path, case: Case) -> Run:
 # --- The peers --------------------------------------------------------------------------------------------------------
 
 
-def guided_diffusion(folder: Path, case: Case) -> Run:
+def guided_diffusion(folder: Path, case: Case, where: Where) -> Run:
     """Set up guided-diffusion: its U-Net, its spaced diffusion, its steps with a condition."""
     from guided_diffusion import gaussian_diffusion as original
     from guided_diffusion.respace import SpacedDiffusion
     from guided_diffusion.unet import UNetModel
 
-    net = loaded_as_original(UNetModel, folder, "unet")
+    net = loaded_as_original(UNetModel, folder, "unet", where)
     if not case.stride:
         return called(net)
-    pull = original_pull(folder)
+    pull = original_pull(folder, where)
 
     @torch.no_grad()
     def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
@@ -476,25 +539,27 @@ def guided_diffusion(folder: Path, case: Case) -> Run:
             loss_type=original.LossType.MSE,
         )
         for i in range(len(timesteps) - 1):
-            t = torch.tensor([i] * len(x))
+            t = torch.tensor([i] * len(x), device=x.device)
             x = diffusion.ddim_reverse_sample(net, x, t, clip_denoised=False)["sample"]
         for i in range(len(timesteps) - 1, 0, -1):
-            t = torch.tensor([i] * len(x))
+            t = torch.tensor([i] * len(x), device=x.device)
             x = diffusion.ddim_sample(net, x, t, clip_denoised=False, cond_fn=pull, model_kwargs={})["sample"]
         return x, {}
 
     return run
 
 
-def diffusers(folder: Path, case: Case) -> Run:
-    """Set up diffusers: its U-Net, its DDIM scheduler and the inverse one."""
+def diffusers(folder: Path, case: Case, where: Where, compiled: bool = False) -> Run:
+    """Set up diffusers: its U-Net, as it is or compiled, its DDIM scheduler and the inverse one."""
     from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DModel
 
     build: Any = UNet2DModel.from_pretrained
-    net = build(folder / "diffusers", low_cpu_mem_usage=False).eval()
+    net, told = build(folder / "diffusers", low_cpu_mem_usage=False).eval().to(where.device), {}
+    if compiled:
+        net, told["compiling"] = compiled_for(net, shape_of(folder, case), where)
     if not case.stride:
-        return called(lambda x, t: net(x, t).sample)
-    pull = original_pull(folder)
+        return called(lambda x, t: net(x, t).sample, told)
+    pull = original_pull(folder, where)
     options = {"num_train_timesteps": TRAINED, "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
     kinds: list[Any] = [DDIMInverseScheduler, DDIMScheduler]
     up, down = (kind(**options) for kind in kinds)
@@ -505,17 +570,42 @@ def diffusers(folder: Path, case: Case) -> Run:
     def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         channels = x.shape[1]
         for here, there in pairwise(timesteps):  # its inverse step is called by where it leads
-            x = up.step(net(x, here).sample[:, :channels], there, x).prev_sample
+            x = up.step(net(x, at(here, x)).sample[:, :channels], there, x).prev_sample
         for here in reversed(timesteps[1:]):
-            noise = (1 - down.alphas_cumprod[here]).sqrt()
-            eps = net(x, here).sample[:, :channels] - noise * pull(x, torch.full((len(x),), here))
+            noise, t = (1 - down.alphas_cumprod[here]).sqrt(), at(here, x)
+            eps = net(x, t).sample[:, :channels] - noise * pull(x, t)
             x = down.step(eps, here, x).prev_sample
-        return x, {}
+        return x, told
 
     return run
 
 
-def monai(folder: Path, case: Case) -> Run:
+@torch.no_grad()
+def compiled_for(net: nn.Module, shape: Sequence[int], where: Where) -> tuple[Network, float]:
+    """Return a network compiled for images [N, C, H, W] in channels_last, and the seconds of its first three calls.
+
+    The first compiles; the others warm its CUDA graph up and record it, where there is one.
+    """
+    mode = "reduce-overhead" if where.kind == "cuda" else "default"
+    move: Any = net.to  # the declared types leave out memory_format
+    compiled: Any = torch.compile(move(memory_format=torch.channels_last), mode=mode, fullgraph=True)
+
+    def call(x: Tensor, t: Tensor) -> Any:
+        return compiled(x.to(memory_format=torch.channels_last), t)
+
+    x, began = torch.randn(*shape, device=where.device), time.perf_counter()
+    for _ in range(3):
+        call(x, at(0, x))
+    where.settle()
+    return call, time.perf_counter() - began
+
+
+def at(timestep: int, x: Tensor) -> Tensor:
+    """Return a timestep for each of the images x, [N]."""
+    return torch.full((len(x),), timestep, device=x.device)
+
+
+def monai(folder: Path, case: Case, where: Where) -> Run:
     """Set up MONAI: its U-Net with the weights of diffusers' file, its DDIM scheduler."""
     from monai.networks.nets import DiffusionModelUNet
     from monai.networks.schedulers import DDIMScheduler
@@ -537,20 +627,20 @@ def monai(folder: Path, case: Case) -> Run:
     )
     weights = load_file(folder / "diffusers" / "diffusion_pytorch_model.safetensors")
     net.load_state_dict({name_in_monai(name): tensor for name, tensor in weights.items()})
-    net.eval()
+    net.eval().to(where.device)
     if not case.stride:
         return called(net)
-    pull, scheduler = original_pull(folder), DDIMScheduler(TRAINED, clip_sample=False)
+    pull, scheduler = original_pull(folder, where), DDIMScheduler(TRAINED, clip_sample=False)
     scheduler.set_timesteps(TRAINED // case.stride)
 
     @torch.no_grad()
     def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         channels = x.shape[1]
         for here in timesteps[:-1]:
-            x, _ = scheduler.reversed_step(net(x, torch.tensor([here]))[:, :channels], here, x)
+            x, _ = scheduler.reversed_step(net(x, at(here, x))[:, :channels], here, x)
         for here in reversed(timesteps[1:]):
-            noise = (1 - scheduler.alphas_cumprod[here]).sqrt()
-            eps = net(x, torch.tensor([here]))[:, :channels] - noise * pull(x, torch.full((len(x),), here))
+            noise, t = (1 - scheduler.alphas_cumprod[here]).sqrt(), at(here, x)
+            eps = net(x, t)[:, :channels] - noise * pull(x, t)
             x, _ = scheduler.step(eps, here, x)
         return x, {}
 
@@ -587,18 +677,18 @@ def name_in_monai(name: str) -> str:
     return dotted.strip(".")
 
 
-def loaded_as_original(build: Callable[..., nn.Module], folder: Path, name: str) -> nn.Module:
+def loaded_as_original(build: Callable[..., nn.Module], folder: Path, name: str, where: Where) -> nn.Module:
     """Build one of guided-diffusion's networks by its stored options and weights."""
     net = build(**json.loads((folder / f"{name}.json").read_text()))
     net.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
-    return net.eval()
+    return net.eval().to(where.device)
 
 
-def original_pull(folder: Path) -> Pull:
+def original_pull(folder: Path, where: Where) -> Pull:
     """Return the guidance as guided-diffusion's sample scripts compute it, by its own encoder."""
     from guided_diffusion.unet import EncoderUNetModel
 
-    guide = loaded_as_original(EncoderUNetModel, folder, "guide")
+    guide = loaded_as_original(EncoderUNetModel, folder, "guide", where)
     scale = json.loads((folder / "scale.json").read_text())
 
     def pull(x: Tensor, t: Tensor) -> Tensor:
@@ -609,12 +699,12 @@ def original_pull(folder: Path) -> Pull:
     return pull
 
 
-def called(net: Network) -> Run:
+def called(net: Network, told: Mapping[str, float] = MappingProxyType({})) -> Run:
     """Return a run that asks a network once, at the first of the timesteps."""
 
     @torch.no_grad()
     def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        return net(x, torch.full((len(x),), timesteps[0])), {}
+        return net(x, at(timesteps[0], x)), dict(told)
 
     return run
 
@@ -625,6 +715,7 @@ PROGRAMS = [
     Program("knife-standard", knife_standard, {}),
     Program("guided-diffusion", guided_diffusion, ORIGINAL),
     Program("diffusers", diffusers, {**ORIGINAL, "diffusers": "diffusers"}),
+    Program("diffusers-compile", partial(diffusers, compiled=True), {**ORIGINAL, "diffusers": "diffusers"}, ("cuda",)),
     Program("monai", monai, {**ORIGINAL, "monai": "monai", "einops": "einops"}),
 ]
 

@@ -39,7 +39,7 @@ from knife.translation import level_of, translate
 FEW = (5, 10)  # steps that are timed; guides are asked along the way as often as in more
 REPEATS = 5
 BLOCK = 2e-3  # seconds that a short call is repeated for, to be timed
-PEAK_SIDE = 2048  # of the matrices whose product is the yardstick
+PEAK_SIDE, PEAK_SIDE_GPU = 2048, 8192  # of the matrices whose product is the yardstick: small ones leave a GPU idle
 STEP_SIZE = (16, 4, 256, 256)  # images of the fused step, 16 MiB in float32: more than most caches hold
 PASSES = 4  # of the step over its images: x, eps and the gradient are read, x' is written
 UNKNOWN = 1e9  # reconstruction error that is let pass: no model knows noise
@@ -332,10 +332,11 @@ def machine(device: str) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def peak_gflops(device: str, clock: Clock = time.perf_counter) -> float:
+def peak_gflops(device: str, clock: Clock = time.perf_counter, dtype: torch.dtype = torch.float32) -> float:
     """Return the GFLOP/s of the best of ten products of two large matrices: the most that a machine was seen to do."""
-    a, b = torch.randn(2, PEAK_SIDE, PEAK_SIDE, device=device)
-    return 2 * PEAK_SIDE**3 / min(seconds(lambda: a @ b, device, clock) for _ in range(10)) / 1e9
+    side = PEAK_SIDE if torch.device(device).type == "cpu" else PEAK_SIDE_GPU
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    return 2 * side**3 / min(seconds(lambda: a @ b, device, clock) for _ in range(10)) / 1e9
 
 
 def operations(call: Callable[[], object]) -> int:

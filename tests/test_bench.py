@@ -67,6 +67,13 @@ def test_the_peak_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch
     assert bench.peak_gflops("cpu", clock_of(*moments)) == pytest.approx(0.5)  # 2000 operations in 4 us
 
 
+def test_the_peak_is_that_of_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PEAK_SIDE", 10)
+    monkeypatch.setattr(bench, "seconds", lambda call, *others: float(call().element_size()))
+    assert bench.peak_gflops("cpu") == pytest.approx(2000 / 4 / 1e9)
+    assert bench.peak_gflops("cpu", dtype=torch.bfloat16) == pytest.approx(2000 / 2 / 1e9)
+
+
 def test_short_calls_are_timed_in_blocks() -> None:
     calls = list[int]()
     moments = (0.0, bench.BLOCK / 8, 0.0, 16e-3)
