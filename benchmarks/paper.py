@@ -13,9 +13,8 @@ the same precision: a call of the U-Net for each step up and down, a call of the
 down. In float32 the product's inputs are rounded as those of convolutions are (TF32, where torch does that).
 
 launches: what one guided step, a call of the U-Net and the gradient of the guide launch on a GPU, told by torch's
-profiler; `outside` is what the step launches besides the two, `checked` the same with a translation's look at every
-result for numbers that have blown up. Waits are those of the host for the GPU. On a CPU the ops that compute are
-counted instead: they are no kernels.
+profiler; `outside` is what the step launches besides the two. Waits are those of the host for the GPU. On a CPU the
+ops that compute are counted instead: they are no kernels.
 
 training: steps of the diffusion models as `knife train` takes them, draws and copies to the device included, of images
 that lie in memory; with the batch of the preset and, on a GPU, the largest found by doubling it. Its share of the peak
@@ -46,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from knife import ops
 from knife.bench import forward, gradient_operations, machine, medians, operations, peak_gflops, seconds
 from knife.checkpoint import Card, Stored
-from knife.ddim import Guidance, Track, decode, encode, slope
+from knife.ddim import Guidance, decode, encode, slope
 from knife.devices import halves, keep_freed_memory, ran_out_of_memory
 from knife.graphs import forget, in_words, replay
 from knife.job import Job as TrainingJob
@@ -56,7 +55,7 @@ from knife.resume import State, start
 from knife.schedule import Schedule, path, timestep
 from knife.settings import PRECISIONS, Settings
 from knife.spec import ImageSpec, preset
-from knife.steering import Guide, Job, check_sane
+from knife.steering import Guide, Job
 from knife.tasks import task
 from knife.train import train_step
 from knife.unet import Architecture
@@ -79,7 +78,7 @@ COLUMNS = {  # of each part: what stands in a row, and how it is written
         "floor": ".3g", "of peak": ".0%", "TFLOP an image": ".4g", "GiB": ".1f",
     },
     "launches": {
-        "case": "", "batch": "", "what": "", "step": "", "network": "", "gradient": "", "outside": "", "checked": "",
+        "case": "", "batch": "", "what": "", "step": "", "network": "", "gradient": "", "outside": "",
     },
     "training": {
         "network": "", "batch": "", "images a second": ".4g", "seconds": ".4g", "precision": "", "of peak": ".0%",
@@ -333,23 +332,15 @@ def launches(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def counts(job: Job, x: Tensor) -> Row:
-    """Return what is launched, kind -> {step, network, gradient, outside, checked}; a step is the third of a walk."""
+    """Return what is launched, kind -> {step, network, gradient, outside}; a step is the third of a walk."""
     net, schedule, guidance = job.precisely(job.net), job.diffusion.card.schedule, guidance_of(job, x)
     t = middle(x)
 
-    def look(level: int, x: Tensor) -> None:
-        check_sane(job, (), level, x)
-
-    def steps(count: int, track: Track | None) -> Callable[[], object]:
-        return lambda: decode(net, x, schedule, path(LEVEL, 3)[: count + 1], [guidance], track=track)
+    def steps(count: int) -> Callable[[], object]:
+        return lambda: decode(net, x, schedule, path(LEVEL, 3)[: count + 1], [guidance])
 
     calls = {"network": lambda: forward(net, x, t), "gradient": lambda: slope(guidance.score, x, t)}
-    calls |= {
-        "two": steps(2, None),
-        "three": steps(3, None),
-        "two looks": steps(2, look),
-        "three looks": steps(3, look),
-    }
+    calls |= {"two": steps(2), "three": steps(3)}
     found = {name: launched(call, job.device) for name, call in calls.items()}
     if not any(found["three"].values()):
         raise RuntimeError("the profiler tells of nothing on this device")
@@ -360,9 +351,7 @@ def numbers_of(found: Mapping[str, Counter[str]], what: str) -> dict[str, int]:
     """Return one kind of what was counted: of a step, what it is made of, and what remains."""
     network, gradient = found["network"][what], found["gradient"][what]
     step = found["three"][what] - found["two"][what]
-    looked = found["three looks"][what] - found["two looks"][what]
-    within = {"step": step, "network": network, "gradient": gradient}
-    return {**within, "outside": step - network - gradient, "checked": looked - network - gradient}
+    return {"step": step, "network": network, "gradient": gradient, "outside": step - network - gradient}
 
 
 def launched(call: Callable[[], object], device: str) -> Counter[str]:

@@ -27,7 +27,7 @@ from knife.schedule import Schedule, timestep
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N, C or 2C, H, W]
 Score = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N], higher is nearer to the target
-Scale = Callable[["Slope", Tensor, Tensor], Tensor]  # (slope, alpha_bar [], the next alpha_bar []) -> s of each, [N]
+Scale = Callable[["Slope", Tensor, Tensor], Tensor]  # (slope, alpha_bar [N], the next alpha_bar [N]) -> s, [N]
 Track = Callable[[int, Tensor], None]  # called with (level, x at that level) after every step
 Hold = Callable[[int, Tensor], Tensor]  # (level, x at that level) -> what the walk goes on with
 DRAWS = 64  # levels whose noise is kept for the next decode and batch; a walk of more draws it anew
@@ -222,19 +222,24 @@ def walk(
 ) -> tuple[Tensor, Point]:
     """Take one step for each pair of neighbouring levels; only the first `guided` images are pulled at (None: all).
 
+    All that a step needs beside images is made before the first: a GPU is then told to compute, and never waited for.
+
     Returns the images, and the point where the last step began.
     """
-    ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
-    alpha_bar, known = schedule.alpha_bar.to(x.device), schedule.alpha_bar.tolist()
-    for level, next_level in pairwise(levels):
-        t = timestep(level * ones).long()
-        here = Point(x, net(x, t)[:, : x.shape[1]].to(x.dtype), known[level])
+    count, known, at = len(x) if guided is None else guided, schedule.shares, torch.tensor(levels)
+    alpha_bar = schedule.alpha_bar[at].to(x.device)[:, None].repeat(1, len(x))  # [levels, N]
+    t = timestep(at).to(x.device)[:, None].repeat(1, len(x))
+    ones, still = torch.ones_like(alpha_bar[0]), torch.zeros_like(x[count:])
+    guidance = settled(guidance, ones[:count])
+    for i, (level, next_level) in enumerate(pairwise(levels)):
+        here = Point(x, net(x, t[i])[:, : x.shape[1]].to(x.dtype), known[level])
         eps = solver(here, before, sigma_of(known[next_level]))
-        pulling = [one for one in guidance if one.pulls(level)]
-        g, s = pull(pulling, here.part(slice(guided)), level, next_level, alpha_bar) if pulling else (None, ones)
-        if g is not None and len(g) < len(x):
-            g, s = torch.cat([g, torch.zeros_like(x[len(g) :])]), torch.cat([s, ones[len(s) :]])
-        x = ddim_step(x, eps, g, alpha_bar[level] * ones, alpha_bar[next_level] * ones, s, clamp)  # eq. 3, 4
+        g, s = None, ones
+        if pulling := [one for one in guidance if one.pulls(level)]:
+            g, s = pull(pulling, here.part(slice(count)), level, t[i, :count], alpha_bar[i : i + 2, :count])
+            if count < len(x):
+                g, s = torch.cat([g, still]), torch.cat([s, ones[count:]])
+        x = ddim_step(x, eps, g, alpha_bar[i], alpha_bar[i + 1], s, clamp)  # eq. 3, 4
         before = here
         if hold:
             x = hold(next_level, x)
@@ -244,21 +249,28 @@ def walk(
     return x, before
 
 
-def pull(
-    guidance: Sequence[Guidance], here: Point, level: int, next_level: int, alpha_bar: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return what pulls at images [N, C, H, W] together: a gradient of their shape, and its scale for each, [N]."""
-    ones = torch.ones(len(here.x), dtype=torch.float64, device=here.x.device)
-    t = timestep(level * ones).long()
+def pull(guidance: Sequence[Guidance], here: Point, level: int, t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what pulls at images [N, C, H, W] together: a gradient of their shape, and its scale for each, [N].
+
+    They are at a level, for which the networks are asked at t, [N]; alpha_bar [2, N] is of this level and the next.
+    """
     slopes = [slope(one.score, under_fresh_noise(here, level) if one.fresh else here.x, t) for one in guidance]
-    scales = [
-        one.scale(at, alpha_bar[level], alpha_bar[next_level]) if callable(one.scale) else one.scale * ones
-        for one, at in zip(guidance, slopes, strict=True)
-    ]
+    scales = [one.scale(at, *alpha_bar) for one, at in zip(guidance, slopes, strict=True) if callable(one.scale)]
     if len(slopes) == 1:
         return slopes[0].gradient, scales[0]
     pulls = [at.gradient * s[:, None, None, None].to(here.x.dtype) for at, s in zip(slopes, scales, strict=True)]
-    return torch.stack(pulls).sum(0), ones
+    return torch.stack(pulls).sum(0), torch.ones_like(alpha_bar[0])
+
+
+def settled(guidance: Sequence[Guidance], ones: Tensor) -> list[Guidance]:
+    """Return what pulls at all, with scales that every step can ask, of as many images as there are ones."""
+
+    def always(s: Tensor) -> Scale:
+        return lambda at, alpha_bar, next_alpha_bar: s
+
+    return [
+        one if callable(one.scale) else one._replace(scale=always(one.scale * ones)) for one in guidance if one.scale
+    ]
 
 
 def under_fresh_noise(here: Point, level: int) -> Tensor:

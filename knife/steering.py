@@ -395,8 +395,8 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
 
     def descend(level: int, x: Tensor) -> None:
         job.ticks.step()
-        check_sane(job, start.edits, level, x[: len(start.edits)])
-        if level in looks:
+        if level in looks:  # a GPU is waited for then
+            check_sane(job, start.edits, level, x[: len(start.edits)])
             along.append((level, seen(job, start, level, x[: len(start.edits)])))
 
     spec, settings = job.diffusion.card.spec, job.settings

@@ -151,7 +151,7 @@ class Down(nn.Module):
     def __init__(self, arch: Architecture, channels: int) -> None:
         super().__init__()
         emb, width = 4 * arch.width, arch.width * arch.mult[0]
-        self.stem = nn.PixelUnshuffle(arch.stem)
+        self.stem = nn.PixelUnshuffle(arch.stem) if arch.stem > 1 else nn.Identity()  # which copies nothing
         self.conv_in = Convolution(channels * arch.stem**2, width)
         self.blocks = nn.ModuleDict()
         self.widths = [width]  # channels of every feature map, first to last
@@ -200,7 +200,7 @@ class UNet(nn.Module):
                 self.up[f"level{level}_up"] = up
         self.norm_out = NormSiLU(arch.groups, width)
         self.conv_out = zeroed(Convolution(width, (arch.outputs or outputs) * arch.stem**2))
-        self.unstem = nn.PixelShuffle(arch.stem)
+        self.unstem = nn.PixelShuffle(arch.stem) if arch.stem > 1 else nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         emb = self.embedding(t, label)

@@ -5,6 +5,7 @@ networks here are told the levels that they will be asked at, in order, and chec
 """
 
 import math
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from knife.ddim import (
     SOLVERS,
@@ -701,3 +703,58 @@ def test_clamping_loses_the_round_trip_that_encoding_without_a_clamp_keeps():
     clamped = decode(lambda x, t: eps, noisy, schedule, levels, clamp=(-1, 1))
     assert clamped.abs().max() <= 1
     assert (clamped - x).abs().max() > 0.1
+
+
+class Launches(TorchDispatchMode):
+    """Tells the ops that compute; views, and memory that is only taken, launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or "empty" in func.name()):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_launches_nothing_but_networks_and_the_step():
+    """What a third step adds to two, in the paper's way: no clock, no coefficient, nothing to wait for."""
+    x, schedule, answer = normal(2, 2, 8, 8).float(), Schedule(), normal(2, 4, 8, 8).float()
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return answer[:, 0, 0, 0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return answer[:, :2]
+
+    counts = []
+    for steps in (2, 3):
+        with Launches() as seen:
+            levels = [0, 10, 20, 30][: steps + 1]
+            decode(lambda x, t: answer, x, schedule, levels, [Guidance(lambda x, t: Gradient.apply(x), 2.0)])
+        counts.append(Counter(seen.names))
+    assert counts[1] - counts[0] == {
+        "knife::ddim_step": 1,
+        "aten::sum": 1,
+        "aten::ones_like": 1,
+    }  # autograd's own, both
+
+
+@pytest.mark.parametrize("scale", [2.0, balanced(0.1, 1.0)], ids=["fixed", "balanced"])
+def test_a_walk_never_waits_for_a_gpu(scale):
+    """On tensors that have no values whoever asks for one fails, as who asks a GPU for one waits."""
+    x, w = torch.empty(2, 3, 8, 8, device="meta"), torch.empty(6, 3, 3, 3, device="meta")
+
+    def net(x, t):
+        return torch.nn.functional.conv2d(x, w, padding=1) * t[:, None, None, None]
+
+    guidance = [Guidance(lambda x, t: -net(x, t).square().flatten(1).sum(1), scale)]
+    noisy, last = encode(net, x, Schedule(), [0, 10, 20, 30], solver=ab2)
+    results = decode_with_control(net, noisy, Schedule(), [0, 10, 20, 30], guidance, solver=ab2, before=last)
+    assert [y.shape for y in results] == [x.shape] * 2
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        decode(net, noisy, Schedule(), [0, 10], track=lambda level, x: x.sum().item())

@@ -30,7 +30,6 @@ def test_it_runs_with_tiny_networks(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     (counted,) = told["launches"]
     assert counted["what"] == "ops", "no kernels, as there is no GPU"
     assert counted["step"] - counted["network"] - counted["gradient"] == counted["outside"] > 0
-    assert counted["checked"] > counted["outside"]
     (trained,) = told["training"]
     assert trained["network"] == "paper-brats"
     assert trained["batch"] == 10
