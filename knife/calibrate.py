@@ -31,7 +31,7 @@ from knife.files import room
 from knife.finite import fill_of
 from knife.lock import models_locked
 from knife.schedule import Schedule, noise, path, timestep
-from knife.settings import DEFAULTS, LEVEL, SPREAD, STANDARD
+from knife.settings import BATCH, LEVEL, SPREAD, STANDARD
 from knife.tasks import Task, task
 
 SPLITS = ("val", "test", "train")  # whose images are measured on: the first that has enough of them
@@ -197,7 +197,7 @@ def of_stored(
     split, entries = set_apart(folder, count)
     subjects, left_out = subjects_of(stored, entries)
     total, done = sum(calls(one) for one in subjects), counter(1)
-    with enough_memory(where, f"{DEFAULTS.batch_size} images at once do", "give --device cpu, or use smaller models"):
+    with enough_memory(where, f"{BATCH} images at once do", "give --device cpu, or use smaller models"):
         found = [measured(one, where, lambda: progress(next(done), total)) for one in subjects]
     trip = next((one for one in found if isinstance(one, RoundTrip)), None)
     sights = {one.kind: seen for one, seen in zip(subjects, found, strict=True) if isinstance(seen, Sight)}
@@ -221,7 +221,7 @@ def calls(one: Subject) -> int:
     """Return in how many parts a network is measured."""
     if one.labels is None:
         return sum(2 * steps for _, steps in {*walks_by_level(one.card.schedule), *walks_by_steps(one.card.schedule)})
-    return len(levels_of(one.card.schedule)) * -(-len(one.x) // DEFAULTS.batch_size)
+    return len(levels_of(one.card.schedule)) * -(-len(one.x) // BATCH)
 
 
 @torch.no_grad()
@@ -233,7 +233,7 @@ def sight(card: Card, net: nn.Module, x0: Tensor, labels: Tensor, tick: Tick) ->
     means: list[tuple[float, float]] = []
     for level in levels_of(card.schedule):
         own, other = 0.0, 0.0
-        for part in images.split(DEFAULTS.batch_size):
+        for part in images.split(BATCH):
             k = torch.full_like(part, level)
             ask = partial(
                 distance, kind, net, noise(x0[part], eps[part], alpha_bar[k]), timestep(k), config=card.config

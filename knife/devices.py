@@ -5,7 +5,7 @@ import functools
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -143,6 +143,21 @@ def deterministic(wanted: bool) -> Iterator[None]:
         cudnn.benchmark = chosen
         if cublas is None:
             del os.environ[CUBLAS]
+
+
+@contextmanager
+def memory_share(device: str) -> Iterator[Callable[[], float]]:
+    """Yield what tells, once some work on a GPU is done, which share of the memory that was free it took at most.
+
+    On the CPU, whose memory serves other programs too, nothing is measured: there it takes all.
+    """
+    if not device.startswith("cuda"):
+        yield lambda: 1.0
+        return
+    held = torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held  # with what torch keeps
+    torch.cuda.reset_peak_memory_stats(device)
+    yield lambda: max(torch.cuda.max_memory_allocated(device) - held, 1) / max(free, 1)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from knife.errors import SettingsError
 LEVEL = 475  # L, where no calibration says better
 SPREAD = 1.5  # power by which the levels of a walk lie closer near 0, where an image's details are made and lost
 STRENGTH = 0.2  # where the loop cannot be closed
+BATCH, MOST_AT_ONCE = 8, 64  # images at once where nobody says how many: at first, and where there is memory for them
 FIRST, ROUNDS = 0.1, 3  # the strength that the closed loop begins with, and the times that it decodes an image
 
 
@@ -55,7 +56,7 @@ class Settings:
     scale: float | None = None  # the paper's s, one for all
     strength: float | None = None  # size of the guidance against eps, see `knife.ddim.balanced`; with neither, the
     tolerance: float | None = None  # strength of each image is raised until it is so near its target
-    batch_size: int = 8
+    batch_size: int | None = None  # images at once; None: BATCH, and more on a GPU that has the memory
     control: bool = True  # decode unguided too, and add to the input only what guidance changed
     clamp: bool = False  # keep the predicted clean image x0 within the value range while decoding
     auto_region: bool = False  # decode again, and let change only where guidance changed most

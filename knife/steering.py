@@ -28,7 +28,7 @@ from knife.ddim import (
     encode,
     keep_outside,
 )
-from knife.devices import enough_memory, precision
+from knife.devices import enough_memory, memory_share, precision
 from knife.errors import DeviceError, InputError, KnifeError, SamplingError, TaskError
 from knife.graphs import forget
 from knife.image import Image
@@ -37,7 +37,7 @@ from knife.outputs import Edit, Translation, wanted_masks
 from knife.pairs import unnamed
 from knife.preservation import changed_most, preserved
 from knife.schedule import path, timestep
-from knife.settings import FIRST, ROUNDS, SPREAD, STRENGTH, Settings
+from knife.settings import BATCH, FIRST, MOST_AT_ONCE, ROUNDS, SPREAD, STRENGTH, Settings
 from knife.tasks import Task
 
 Failed = Callable[[Path, KnifeError], None]  # hears of a file that could not be translated, and why
@@ -170,6 +170,11 @@ class Job:
         return SOLVERS[self.settings.solver]
 
     @property
+    def at_once(self) -> int:
+        """Return how many images are translated at once at most."""
+        return self.settings.batch_size or (MOST_AT_ONCE if self.device.startswith("cuda") else BATCH)
+
+    @property
     def rounds(self) -> int:
         """Return how often an image is decoded at most."""
         told = self.settings.tolerance is not None or any(guide.told for guide in self.guides)
@@ -241,25 +246,29 @@ class Attempt:
 def run(job: Job, batches: Iterable[Sequence[Edit]], failed: Failed | None = None) -> Iterator[Translation | None]:
     """Translate images batch by batch, in their order; None stands for one that failed.
 
-    A batch of more than the settings allow is cut. One that does not fit into memory is halved, and so are those that
-    follow.
+    A batch of more than the settings allow is cut; if they say nothing, the first is small, and those that follow as
+    large as half of a GPU's memory holds. One that does not fit into memory is halved, and so are those that follow.
 
     Raises:
         DeviceError: if not even one image fits into memory.
         SamplingError: if guidance blows an image up, and nobody hears of those that failed.
         InputError: if the model does not know such an image, and nobody hears of it.
     """
-    size = job.settings.batch_size
+    size, most = job.settings.batch_size or BATCH, job.at_once
     for batch in batches:
         rest = batch
         while part := rest[:size]:
             try:
-                with enough_memory(job.device, "one image does", "give --device cpu, or use smaller models"):
+                with (
+                    enough_memory(job.device, "one image does", "give --device cpu, or use smaller models"),
+                    memory_share(job.device) as share,
+                ):
                     done = each_on_its_own(job, part, failed)
+                size = min(max(size, int(len(part) / (2 * share()))), most)
             except DeviceError:
                 if len(part) == 1:
                     raise
-                size = len(part) // 2
+                size = most = len(part) // 2
                 for net in (job.net, *(guide.net for guide in job.guides)):
                     forget(net)  # recordings of the larger batch would keep their memory
                 continue

@@ -132,9 +132,9 @@ def translations(
     told = {**about, "inputs": len(inputs), "shard": mine, "left_out": [mask.name for mask in left_out]}
     told |= {"unread": [file.name for file in unread(images)], "doubts": doubts(pairs)}
     units = (unit_of(job, pairs[0], wishes, region, one, failed is None) for one in chain(head, rest))
-    with closing(streams.ahead(units, lambda unit: max(unit.images, 1), settings.batch_size)) as read:
+    with closing(streams.ahead(units, lambda unit: max(unit.images, 1), job.at_once)) as read:
         works = followed(job, heard(read, ticks, partial(started, told), failed), failed)
-        with closing(streams.behind(works, 2 * settings.batch_size)) as written:
+        with closing(streams.behind(works, 2 * job.at_once)) as written:
             for ready in written:
                 yield from ready
 
@@ -269,7 +269,7 @@ def followed(job: Job, units: Iterator[Unit], failed: Failed | None) -> Iterator
 
     Batches are filled across units, but none waits for an image that lies behind many that are done already.
     """
-    edits, waiting, size = deque[Edit](), deque[Unit](), job.settings.batch_size
+    edits, waiting, size = deque[Edit](), deque[Unit](), job.at_once
 
     def another() -> bool:
         for unit in islice(units, 1):
@@ -493,7 +493,7 @@ def check(settings: Settings, wishes: Sequence[Wish], pairs: Sequence[Pair]) -> 
             raise SettingsError(
                 "--window {}:{}: no step of the walk to {} lies in it; give a wider one.".format(*wish.window, level)
             )
-    if settings.batch_size < 1:
+    if settings.batch_size is not None and settings.batch_size < 1:
         raise SettingsError(f"--batch-size {settings.batch_size}: give 1 or more.")
     check_dtype(settings.dtype)
     given = {

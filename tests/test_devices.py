@@ -69,6 +69,21 @@ def test_networks_compute_in_the_precision_asked_for(monkeypatch: pytest.MonkeyP
             assert str(layer(a).dtype) == f"torch.{got}"
 
 
+def test_the_share_of_a_gpus_memory_that_work_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"memory_allocated": 100, "memory_reserved": 300, "max_memory_allocated": 100}
+    for name in tuple(told):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: told[name])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (600, 1000))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: told.update(max_memory_allocated=100))
+    with devices.memory_share("cuda:0") as share:
+        told["max_memory_allocated"] = 300
+        assert share() == 0.25, "200 more, of 600 free and 200 that torch keeps"
+    with devices.memory_share("cuda:0") as share:
+        assert 0 < share() < 0.01, "what took nothing may be taken any number of times, but not infinitely many"
+    with devices.memory_share("cpu") as share:
+        assert share() == 1
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -330,7 +331,7 @@ def test_the_record_says_all_that_was_done(quick, images, models, tmp_path):
     assert record == done.record
     assert record["settings"] == {
         "noise_level": 10, "quality": "standard", "steps": 5, "solver": "ab2", "scale": None,
-        "strength": None, "tolerance": None, "batch_size": 8,
+        "strength": None, "tolerance": None, "batch_size": None,
         "control": True, "clamp": False, "auto_region": False, "extrapolate": False, "max_reconstruction": 0.1,
         "precision": computed_in("cpu"), "dtype": "same",
     }  # fmt: skip
@@ -711,6 +712,25 @@ def test_one_image_that_does_not_fit_into_memory_is_refused(quick, images, monke
     monkeypatch.setattr(module, "decode_with_control", decode)
     with pytest.raises(DeviceError, match="cpu: one image does not fit into memory; give --device cpu"):
         quick([images / "slice.nii"] * 3, "regress", "0.3")
+
+
+def test_batches_grow_as_memory_allows(quick, images, monkeypatch):
+    sizes, translated = list[int](), module.each_on_its_own
+
+    def each(job, part, failed):
+        sizes.append(len(part))
+        return translated(job, part, failed)
+
+    monkeypatch.setattr(module, "each_on_its_own", each)
+    monkeypatch.setattr(module, "memory_share", lambda device: nullcontext(lambda: 1 / 6))
+    places = [images / "slice.nii"] * 9
+    quick(places, "regress", "0.3", settings=replace(FEW, batch_size=2))
+    assert sizes == [2, 2, 2, 2, 1], "what is asked for stays"
+    sizes.clear()
+    monkeypatch.setattr(module, "BATCH", 1)
+    monkeypatch.setattr(module.Job, "at_once", property(lambda job: 4))
+    assert len(quick(places, "regress", "0.3", settings=FEW)) == 9
+    assert sizes == [1, 3, 4, 1]
 
 
 @pytest.mark.parametrize("trouble", OUT_OF_MEMORY, ids=["cuda", "cpu"])

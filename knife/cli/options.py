@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from knife.settings import FIRST, LEVEL, PRECISIONS, QUALITIES, SOLVER_NAMES
+from knife.settings import BATCH, FIRST, LEVEL, MOST_AT_ONCE, PRECISIONS, QUALITIES, SOLVER_NAMES
 
 NoiseLevel = Annotated[
     int | None, typer.Option("--noise-level", help=f"Level L to encode to; default: as calibrated, else {LEVEL}.")
@@ -60,7 +60,13 @@ MaxReconstruction = Annotated[
         "--max-reconstruction", help="Refuse images that the model gives back, unguided, with a larger mean error."
     ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Images translated at once.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        help=f"Images translated at once; default: {BATCH}, on a GPU up to {MOST_AT_ONCE} as its memory allows.",
+    ),
+]
 Precision = Annotated[
     str,
     typer.Option(
