@@ -4,12 +4,12 @@
 
 Each network has random weights and is called as a translation calls it: frozen, channels_last, the U-Net without
 autograd, the guide (the encoder of the preset) with a gradient over the pixels alone. Side by side in one process, in
-turn: as the program computes, with the norm in plain torch, and with torch's convolutions instead of those by fewer
-products, which are for the CPU. On the CPU all is done twice, in processes of their own: with freed memory kept, as the
-program does it, and left to the system (KNIFE_MALLOC).
+turn: as the program computes in float32, with the norm in plain torch, with torch's convolutions instead of those by
+fewer products, which are for the CPU, and in bfloat16. On the CPU all is done twice, in processes of their own: with
+freed memory kept, as the program does it, and left to the system (KNIFE_MALLOC).
 
-GFLOP/s of the forward pass, counted as torch's convolutions need them, stand beside those of one large matrix product,
-the most that the machine was seen to do; fewer products than counted may bring them above it.
+GFLOP/s of the forward pass, counted as torch's convolutions need them, stand beside those of one large matrix product
+in the same precision, the most that the machine was seen to do; fewer products than counted may bring them above it.
 Medians; --cpu-time counts the processor's time instead of the clock's, where others share it. The last line printed is
 one JSON object.
 """
@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,19 +29,19 @@ from torch import Tensor, nn
 from knife import checkpoint, layers, ops, unet
 from knife.bench import Clock, forward, machine, medians, operations, peak_gflops
 from knife.ddim import slope
-from knife.devices import MALLOC, keep_freed_memory
+from knife.devices import MALLOC, keep_freed_memory, precision
 from knife.spec import preset
 
 CASES = {"small-64:1": 40, "small-64:8": 10, "paper-faces:1": 6, "paper-brats:1": 4}  # preset:batch, and the repeats
-WAYS = ("fused", "plain norm", "torch's conv")
+WAYS = ("float32", "plain norm", "torch's conv", "bfloat16")
 KINDS = ("forward", "gradient")
+PRECISE = ("float32", "bfloat16")
 PAYS = layers.pays
 COLUMNS = (
     "case       ",
     "memory",
     *(f"{kind} {way}" for kind in KINDS for way in ("ms", *WAYS[1:])),
-    "GFLOP/s",
-    "of peak",
+    *(f"{what} {precision}" for precision in PRECISE for what in ("GFLOP/s", "of peak")),
 )
 
 
@@ -86,11 +86,11 @@ def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     keep_freed_memory()
     torch.manual_seed(0)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    peak = peak_gflops(options.device, clock)
-    return [measure(case, options.repeats or CASES[case], options.device, clock, peak) for case in options.only]
+    peaks = {precise: peak_gflops(options.device, clock, getattr(torch, precise)) for precise in PRECISE}
+    return [measure(case, options.repeats or CASES[case], options.device, clock, peaks) for case in options.only]
 
 
-def measure(case: str, repeats: int, device: str, clock: Clock, peak: float) -> dict[str, Any]:
+def measure(case: str, repeats: int, device: str, clock: Clock, peaks: Mapping[str, float]) -> dict[str, Any]:
     """Time the two networks of a preset at one batch size, each in every way."""
     name, batch = case.split(":")
     row = preset(name)
@@ -99,20 +99,24 @@ def measure(case: str, repeats: int, device: str, clock: Clock, peak: float) -> 
     guide = ready(row.spec("regress", channels).build_encoder(1), device)
     x = torch.randn(int(batch), len(channels), *row.size, device=device).to(memory_format=torch.channels_last)
     t = torch.full((int(batch),), 400, device=device)
-    calls = {f"forward {way}": in_way(way, lambda: forward(net, x, t)) for way in WAYS}
-    calls |= {f"gradient {way}": in_way(way, lambda: slope(guide, x, t).gradient) for way in WAYS}
+    calls = {f"forward {way}": in_way(way, device, lambda: forward(net, x, t)) for way in WAYS}
+    calls |= {f"gradient {way}": in_way(way, device, lambda: slope(guide, x, t).gradient) for way in WAYS}
     answers = {name: call() for name, call in calls.items()}
     for kind in KINDS:
-        fused, *others = (answers[f"{kind} {way}"] for way in WAYS)
-        for other in others:
-            torch.testing.assert_close(fused, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+        usual = answers[f"{kind} float32"]
+        for way in WAYS[1:]:
+            close = (0.05 if way == "bfloat16" else 1e-4) * usual.abs().max().item()
+            torch.testing.assert_close(answers[f"{kind} {way}"], usual, rtol=0, atol=close)
     work = operations(lambda: forward(net, x, t))
     times: dict[str, float] = {}
     for kind in KINDS:
         of_kind = {name: call for name, call in calls.items() if name.startswith(kind)}
         times |= medians(of_kind, repeats, device, clock)
-    gflops = work / times["forward fused"] / 1e9
-    return {"case": case, **{f"{k} ms": v * 1e3 for k, v in times.items()}, "gflops": gflops, "of_peak": gflops / peak}
+    row: dict[str, Any] = {"case": case, **{f"{name} ms": time * 1e3 for name, time in times.items()}}
+    for precise, peak in peaks.items():
+        gflops = work / times[f"forward {precise}"] / 1e9
+        row |= {f"gflops {precise}": gflops, f"of_peak {precise}": gflops / peak}
+    return row
 
 
 def ready(net: nn.Module, device: str) -> nn.Module:
@@ -123,8 +127,8 @@ def ready(net: nn.Module, device: str) -> nn.Module:
     return checkpoint.ready(net, device).eval().requires_grad_(False)
 
 
-def in_way(way: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Let networks compute as they do, with the norm in plain torch, or with torch's convolutions."""
+def in_way(way: str, device: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Let networks compute as they do, with the norm in plain torch, with torch's convolutions, or in bfloat16."""
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *condition: Tensor | None) -> Tensor:
         return ops.norm_reference(x, weight, bias, groups, eps, *condition)
@@ -135,7 +139,8 @@ def in_way(way: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def run() -> Tensor:
         unet.group_norm_silu = plain if way == "plain norm" else ops.group_norm_silu
         layers.pays = no if way == "torch's conv" else PAYS
-        return call()
+        with precision(device, "bfloat16" if way == "bfloat16" else "float32"):
+            return call()
 
     return run
 
@@ -146,9 +151,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         cells = [row["case"], row["memory"]]
         for kind in KINDS:
-            fused, *others = (row[f"{kind} {way} ms"] for way in WAYS)
-            cells += [f"{fused:.1f}", *(f"{other:.1f} ({other / fused:.2f})" for other in others)]
-        cells += [f"{row['gflops']:.0f}", f"{row['of_peak']:.0%}"]
+            usual, *others = (row[f"{kind} {way} ms"] for way in WAYS)
+            cells += [f"{usual:.1f}", *(f"{other:.1f} ({other / usual:.2f})" for other in others)]
+        for precise in PRECISE:
+            cells += [f"{row[f'gflops {precise}']:.0f}", f"{row[f'of_peak {precise}']:.0%}"]
         print("".join(f"{cell:>{len(column) + 3}}" for cell, column in zip(cells, COLUMNS, strict=True)))
 
 

@@ -7,6 +7,7 @@ for. What a network answers, and its gradient over the pixels, are the same up t
 are noticed, but for what is done to `weight.data`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -154,32 +155,38 @@ def pays(x: Tensor, convolution: Convolution) -> bool:
 ONEDNN: Any = torch.ops.mkldnn  # what torch.compile makes of frozen convolutions
 
 
+@functools.cache
+def has_packing() -> bool:
+    """Tell whether this torch has oneDNN, and lets it pack weights."""
+    return torch.backends.mkldnn.is_available() and hasattr(ONEDNN, "_convolution_pointwise")
+
+
 def packs(x: Tensor) -> bool:
     """Tell whether oneDNN convolves features like x, so that weights can be packed for it."""
-    there = torch.backends.mkldnn.is_available() and hasattr(ONEDNN, "_convolution_pointwise")
-    return x.device.type == "cpu" and there and bool(torch.backends.mkldnn.enabled)
+    return x.device.type == "cpu" and has_packing() and bool(torch.backends.mkldnn.enabled)
 
 
 def pack(weight: Tensor, x: Tensor) -> Tensor:
     """Return weights [K, C, w, w] as oneDNN reads them; they serve any size of x [N, C, H, W]."""
-    ready: Tensor = ONEDNN._reorder_convolution_weight(weight.contiguous(), *form_of(weight), list(x.shape))
+    ready: Tensor = ONEDNN._reorder_convolution_weight(weight.contiguous(), *keeping(weight.shape[-1]), list(x.shape))
     return ready
 
 
 def packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve x by packed weights, padded so that the grid stays."""
     x = x.contiguous(memory_format=torch.channels_last)
-    convolved: Tensor = ONEDNN._convolution_pointwise(x, weight, bias, *form_of(weight), "none", [], None)
+    form = keeping(weight.shape[-1])
+    convolved: Tensor = ONEDNN._convolution_pointwise(x, weight, bias, *form, "none", [], None)
     return convolved
 
 
-def form_of(weight: Tensor) -> tuple[list[int], list[int], list[int], int]:
+@functools.cache
+def keeping(width: int) -> tuple[list[int], list[int], list[int], int]:
     """Return padding, stride, dilation and groups of a convolution that keeps the grid."""
-    padding = weight.shape[-1] // 2
-    return [padding, padding], [1, 1], [1, 1], 1
+    return [width // 2] * 2, [1, 1], [1, 1], 1
 
 
-if packs(torch.empty(0)):
+if has_packing():
 
     @register_flop_formula(ONEDNN._convolution_pointwise)
     def packed_operations(x: Any, weight: Any, *others: Any, out_shape: Any, **more: Any) -> int:
