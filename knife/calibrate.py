@@ -30,7 +30,7 @@ from knife.errors import DiskError, InputError, KnifeError, ModelError, Sampling
 from knife.files import room
 from knife.finite import fill_of
 from knife.lock import models_locked
-from knife.schedule import Schedule, noise, path, timestep
+from knife.schedule import Schedule, alpha_bar_on, noise, path, timestep
 from knife.settings import BATCH, LEVEL, SPREAD, STANDARD
 from knife.tasks import Task, task
 
@@ -227,7 +227,7 @@ def calls(one: Subject) -> int:
 @torch.no_grad()
 def sight(card: Card, net: nn.Module, x0: Tensor, labels: Tensor, tick: Tick) -> Sight:
     """Measure what a guide knows of images [N, C, H, W] with labels [N, ...]; every level has the same noise."""
-    kind, alpha_bar = task(card.kind), card.schedule.alpha_bar.to(x0.device)
+    kind, alpha_bar = task(card.kind), alpha_bar_on(card.schedule, x0.device)
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(NOISE)).to(x0.device)
     images = torch.arange(len(x0), device=x0.device)
     means: list[tuple[float, float]] = []

@@ -7,11 +7,12 @@ detached.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from knife.schedule import Schedule, noise, timestep
+from knife.schedule import Schedule, alpha_bar_on, noise, timestep
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,8 +27,7 @@ def hybrid_loss(net: Network, x0: Tensor, level: Tensor, eps: Tensor, schedule: 
         eps: standard normal noise like x0.
         schedule: the levels.
     """
-    alpha_bar = schedule.alpha_bar.to(x0.device)
-    x = noise(x0, eps, alpha_bar[level])  # eq. 1
+    x = noise(x0, eps, alpha_bar_on(schedule, x0.device)[level])  # eq. 1
     out = net(x, timestep(level)).to(x0.dtype)
     channels = x0.shape[1]
     predicted = out[:, :channels]
@@ -56,14 +56,19 @@ def posterior(schedule: Schedule, level: Tensor, like: Tensor) -> list[Tensor]:
     float64, because 1 - ab loses its digits in float32 at low levels. beta_tilde = beta (1 - ab_prev)/(1 - ab) is 0 at
     level 1, where the value of level 2 stands in (beta, if there is no level 2).
     """
+    found = coefficients(schedule, like.device)[:, level - 1].to(like.dtype)
+    return [one.view(-1, *[1] * (like.ndim - 1)) for one in found]
+
+
+@lru_cache(8)
+def coefficients(schedule: Schedule, device: torch.device) -> Tensor:
+    """Return the same of all levels 1..T, [6, T] float64, made once for each device; do not write to them."""
     alpha_bar, beta = schedule.alpha_bar, schedule.beta
     ab, ab_prev = alpha_bar[1:], alpha_bar[:-1]
     weight_x0, weight_x = ab_prev.sqrt() * beta / (1 - ab), (1 - beta).sqrt() * (1 - ab_prev) / (1 - ab)
     beta_tilde = beta * (1 - ab_prev) / (1 - ab)
     beta_tilde[0] = beta_tilde[1] if schedule.T > 1 else beta[0]
-    coefficients = ab.sqrt(), (1 - ab).sqrt(), weight_x0, weight_x, beta.log(), beta_tilde.log()
-    shape = (-1, *[1] * (like.ndim - 1))
-    return [c.to(like.device)[level - 1].view(shape).to(like.dtype) for c in coefficients]
+    return torch.stack([ab.sqrt(), (1 - ab).sqrt(), weight_x0, weight_x, beta.log(), beta_tilde.log()]).to(device)
 
 
 def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:

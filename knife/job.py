@@ -24,7 +24,7 @@ from knife.files import room
 from knife.finite import fill_of
 from knife.prepared import key, prepared
 from knife.ranks import ALONE, Team
-from knife.schedule import Schedule, noise, timestep
+from knife.schedule import Schedule, alpha_bar_on, noise, timestep
 from knife.settings import PRECISIONS, one_of
 from knife.spec import preset
 from knife.tasks import Task, task
@@ -338,7 +338,7 @@ def loss_of(kind: Task | None, schedule: Schedule) -> Loss:
         return lambda net, x0, label, level, eps: hybrid_loss(net, x0, level, eps, schedule).mean()
 
     def loss(net: nn.Module, x0: Tensor, label: Tensor, level: Tensor, eps: Tensor) -> Tensor:
-        x = noise(x0, eps, schedule.alpha_bar.to(x0.device)[level])
+        x = noise(x0, eps, alpha_bar_on(schedule, x0.device)[level])
         return kind.train(net, x, timestep(level), label)
 
     return loss

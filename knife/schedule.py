@@ -8,7 +8,7 @@ network trained at timesteps t = 0..T-1 is asked at level k with t = max(k - 1, 
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ class Schedule:
     def digest(self) -> str:
         """Return a fingerprint of alpha_bar, which stands in a model's card."""
         return hashlib.sha256(self.alpha_bar.numpy().tobytes()).hexdigest()[:16]
+
+
+@lru_cache(8)
+def alpha_bar_on(schedule: Schedule, device: torch.device) -> Tensor:
+    """Return alpha_bar [T + 1] on a device, where it is copied but once; do not write to it."""
+    return schedule.alpha_bar.to(device)
 
 
 def timestep(level: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from knife.checkpoint import Card
 from knife.ddim import decode, slope
 from knife.job import CURVE, SHEET, STEEPNESS, Job, generator, loss_of, stacked
 from knife.panel import curve, grid
-from knife.schedule import noise, path, timestep
+from knife.schedule import alpha_bar_on, noise, path, timestep
 from knife.tasks import Task
 
 
@@ -90,7 +90,7 @@ def steepness(job: Job, kind: Task, net: nn.Module) -> float:
     for level in path(job.card.schedule.T // 2, 5)[1:]:
         for x0, wanted, eps in validation(job, STEEPNESS, roll=1):
             k = at_level(level, x0)
-            ab = job.card.schedule.alpha_bar.to(x0.device)[k]
+            ab = alpha_bar_on(job.card.schedule, x0.device)[k]
             g = slope(kind.score(net, wanted), noise(x0, eps, ab), timestep(k)).gradient
             sizes.append((1 - ab).sqrt() * g.flatten(1).square().mean(1).sqrt())
     return float(torch.cat(sizes).median())
