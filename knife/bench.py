@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from knife import __version__, ops
 from knife.checkpoint import Card, Stored, load
 from knife.ddim import Score, slope
-from knife.devices import enough_memory, keep_freed_memory, resolve_device
+from knife.devices import computed_in, enough_memory, keep_freed_memory, precision, resolve_device
 from knife.errors import DeviceError, KnifeError, ModelError, SettingsError, TargetError, TaskError
 from knife.image import Image, read
 from knife.pairs import Pair, choose
@@ -139,11 +139,13 @@ def bench(
         subjects = subjects_of(pairs, read(images[0]), left_out)
         works = [(subject, size) for subject in subjects for size in (1, batch)]
         total = len(works) + 3
-        peak, step = peak_gflops(where), step_beside_copy(where)
+        peak = peak_gflops(where, dtype=getattr(torch, computed_in(where)))
+        step = step_beside_copy(where)
         progress(1, total)
         calls = list[Call]()
         for done, size in enumerate((1, batch), 2):
-            calls += calls_of(subjects, size, where, peak)
+            with precision(where):
+                calls += calls_of(subjects, size, where, peak)
             progress(done, total)
         paces = list[Pace]()
         for done, (subject, size) in enumerate(works, 4):
@@ -159,6 +161,7 @@ def about(where: str, why: str, diffusion: Stored) -> dict[str, Any]:
     return {
         "machine": machine(where),
         "device": f"{where}: {why}",
+        "precision": computed_in(where),
         "threads": torch.get_num_threads(),
         "knife": __version__,
         "torch": torch.__version__,

@@ -12,7 +12,7 @@ import torch
 
 from knife import __version__, native, ops
 from knife.checkpoint import STARTER, Stored, describe, digest, read_tensors, stored_models
-from knife.devices import keep_freed_memory, resolve_device
+from knife.devices import computed_in, keep_freed_memory, resolve_device
 from knife.errors import KnifeError, ModelError
 from knife.graphs import in_words
 from knife.image import NIFTI, Image, Nifti, Picture, read
@@ -32,6 +32,7 @@ def examine() -> dict[str, Any]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "device": f"{device}: {why}",
+        "precision": f"{computed_in(device)}: what networks compute in here (--precision auto)",
         **{name: fact for name, (fact, _) in checks.items()},
         "memory": or_why_not(keep_freed_memory),
         "graphs": or_why_not(in_words),
