@@ -134,6 +134,7 @@ __device__ void add_strands(const Share<width>& share, double (&own)[2], double*
 
 // Adds two numbers of each value of a pack up to `own` of the strands: over the rows of a chunk, then over the channels of a group.
 // `keep(channel, first, second)` sees the sums of each channel of the unit, and returns what is added up to those of its group.
+// Between two calls there must be a barrier.
 template <int width, typename Keep>
 __device__ void add_chunk(const Share<width>& share, int64_t chunk, double (&first)[width], double (&second)[width], double* buffer,
                           double (&own)[2], const Keep& keep) {
@@ -166,7 +167,6 @@ __device__ void add_chunk(const Share<width>& share, int64_t chunk, double (&fir
       own[0] += sums[0][share.group() * channels + c];
       own[1] += sums[1][share.group() * channels + c];
     }
-  __syncthreads();  // before the sums of the next chunk
 }
 
 // Joins what the slabs of a unit have left: `add(slab, its numbers)` is called for each, by the strands of its group.

@@ -14,13 +14,13 @@
 #include "norm_walk.h"
 
 #ifndef KNIFE_NORM_THREADS
-#define KNIFE_NORM_THREADS 384
+#define KNIFE_NORM_THREADS 320
 #endif
 
 namespace knife {
 
 constexpr int kNormThreads = KNIFE_NORM_THREADS;  // of a block
-constexpr int kNormBlocks = 2;                    // of those on a multiprocessor at a time: 80 registers for each thread
+constexpr int kNormBlocks = 2;                    // of those on a multiprocessor at a time: 96 registers for each thread
 constexpr int kChunk = 256;                       // channels that a block sees at once, at most: their numbers lie in shared memory
 constexpr int kLine = 128;                        // bytes of neighbouring channels that are worth a unit of their own
 constexpr int64_t kAlone = 8;   // packs a thread takes of a unit before it is cut: fewer are done before a second launch would begin

@@ -75,7 +75,7 @@ Buffer<T> unwritten(int64_t size) {
 
 void expect(bool right, const char* what, double got = 0, double wanted = 0) {
   ++values;
-  if (right) return;
+  if (right || wrong == "barrier") return;  // ThreadSanitizer is to see that one
   std::fprintf(stderr, "core: %s: %.9g instead of %.9g\n", what, got, wanted);
   std::exit(1);
 }
