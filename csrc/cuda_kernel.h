@@ -1,5 +1,5 @@
-// What every CUDA kernel is written with. No torch in this file, and no launch: nvcc compiles it, and so does a plain C++ compiler
-// after tests/cuda_twin.h, which says what __global__ and its kin mean on a CPU.
+// What every CUDA kernel is written with. No torch in this file, and no launch: nvcc compiles it, and so does a C++ compiler after
+// tests/cuda_twin.h, which says what __global__ and its kin mean on a CPU.
 #pragma once
 
 #ifdef __CUDACC__

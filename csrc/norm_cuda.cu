@@ -20,7 +20,7 @@ auto launcher(const Tensor& x) {
 Slabs slabs_of(const Tensor& x, int64_t groups, bool aligned) {
   const Slabs slabs =
       share_out(walk_over(x, groups), static_cast<int>(x.element_size()), aligned, processors(x.get_device_index()));
-  expect(slabs.blocks() < int64_t{1} << 31, "there are ", slabs.blocks(), " groups: give fewer images at once.");
+  expect(slabs.blocks() < int64_t{1} << 31, "there is work for ", slabs.blocks(), " blocks: give fewer images at once.");
   return slabs;
 }
 

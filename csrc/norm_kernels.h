@@ -1,9 +1,9 @@
 // The CUDA kernels of the norm, and which of them follow each other. No torch in this file (cuda_kernel.h).
 //
-// Forwards and backwards alike there are two launches over the same slabs (norm_slabs.h). In the first each block adds up its slab
-// and leaves the sums; in the second each block joins the sums of its unit and writes its slab. Where a slab is a whole unit, the
-// second launch does both. Threads next to each other read and write packs next to each other. Sums are joined in a fixed order and
-// in double, so the result is the same every time.
+// Forwards and backwards alike there are two launches over the same slabs (norm_slabs.h). In the first each block adds up its
+// slab and leaves the sums; in the second each block joins the sums of its unit and writes its slab. Where a slab is a whole unit,
+// the second launch does both. Threads next to each other read and write packs next to each other. Sums are joined in a fixed
+// order and in double, so the result is the same every time.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ constexpr int kHalf = (kNormThreads + 1) / 2;
 template <typename T>
 using Two = Pack<T, 2>;
 
-// What this thread takes of the slab of its block. Slabs are numbered so that blocks next to each other read lines next to each other.
+// What this thread takes of the slab of its block. Blocks next to each other read lines next to each other.
 template <int width>
 struct Share {
   const Slabs& slabs;
@@ -132,12 +132,12 @@ __device__ void add_strands(const Share<width>& share, double (&own)[2], double*
   add_rows(own, buffer, share.strand(), share.strands(), share.group(), share.slabs.unit_groups);
 }
 
-// Adds two numbers of each value of a pack up to `own` of the strands: over the rows of a chunk, then over the channels of a group.
+// Adds two numbers of each value of a pack up to `own` of the strands: over the rows of a chunk, then the channels of a group.
 // `keep(channel, first, second)` sees the sums of each channel of the unit, and returns what is added up to those of its group.
 // Between two calls there must be a barrier.
 template <int width, typename Keep>
-__device__ void add_chunk(const Share<width>& share, int64_t chunk, double (&first)[width], double (&second)[width], double* buffer,
-                          double (&own)[2], const Keep& keep) {
+__device__ void add_chunk(const Share<width>& share, int64_t chunk, double (&first)[width], double (&second)[width],
+                          double* buffer, double (&own)[2], const Keep& keep) {
   __shared__ double sums[2][kChunk];
   const Slabs& slabs = share.slabs;
   const int64_t start = share.chunk_channel(chunk);
@@ -180,7 +180,7 @@ __device__ void each_slab(const Share<width>& share, const Two<T>* left, const A
 
 // --- Forwards ----------------------------------------------------------------------------------------------------------------
 
-// The sum of a slab's values and that of their squares, both around the first value of the group: the leader of each group gets them.
+// The sum of a slab's values and that of their squares, around the first value of the group; the leader of each group gets them.
 template <int width, typename S, typename T>
 __device__ void add_values(const Share<width>& share, const S* __restrict__ x, double* buffer, double (&own)[2]) {
   share.each_chunk([&](int64_t chunk) {
@@ -218,7 +218,7 @@ __device__ void add_values(const Share<width>& share, const S* __restrict__ x, d
   add_strands(share, own, buffer);
 }
 
-// Leaves, for each group of each slab, how far the mean lies from the first value of the group, and the squared deviations from it.
+// Leaves, for each group of each slab, how far its mean lies from the first value of the group, and the squared deviations.
 template <int width, typename S, typename T>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     moments_kernel(Two<T>* left, const S* __restrict__ x, const Slabs slabs) {
@@ -288,8 +288,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 
 // Calls launch(blocks, kernel, its arguments) for what makes y and the moments. `left` has room for slabs.group_numbers().
 template <int width, typename S, typename T, typename Launch>
-void launch_forward(const Launch& launch, const Slabs& slabs, const Affine<T>& affine, double eps, const S* x, S* y, T* mean, T* rstd,
-                    T* left) {
+void launch_forward(const Launch& launch, const Slabs& slabs, const Affine<T>& affine, double eps, const S* x, S* y, T* mean,
+                    T* rstd, T* left) {
   Two<T>* const sums = reinterpret_cast<Two<T>*>(left);
   if (!slabs.whole()) launch(slabs.blocks(), moments_kernel<width, S, T>, sums, x, slabs);
   launch(slabs.blocks(), activate_kernel<width, S, T>, y, mean, rstd, sums, x, slabs, affine, eps);
@@ -330,8 +330,8 @@ __device__ void know_chunk(const Share<width>& share, int64_t chunk, Known<T>& k
   __syncthreads();
 }
 
-// The sums of gain dz and of gain dz (x - mean) rstd over a slab: the leader of each group gets them. `keep(channel, sum, tilt)` sees
-// the sums of dz and of dz (x - mean) rstd for each channel of the unit.
+// The sums of gain dz and of gain dz (x - mean) rstd over a slab; the leader of each group gets them. `keep(channel, sum, tilt)`
+// sees the sums of dz and of dz (x - mean) rstd for each channel of the unit.
 template <int width, typename S, typename T, typename Keep>
 __device__ void add_gradients(const Share<width>& share, Known<T>& known, const S* __restrict__ dy, const S* __restrict__ x,
                               const Affine<T>& affine, double* buffer, double (&own)[2], const Keep& keep) {
@@ -380,7 +380,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const Share<width> share(slabs, blockIdx.x);
   double own[2] = {};
   know_groups(share, known, mean, rstd);
-  Two<T>* const channels = left_of_channels + (share.unit * slabs.row_pieces + share.slab % slabs.row_pieces) * slabs.unit_channels;
+  const int64_t piece = share.unit * slabs.row_pieces + share.slab % slabs.row_pieces;
+  Two<T>* const channels = left_of_channels + piece * slabs.unit_channels;
   add_gradients<width, S, T>(share, known, dy, x, affine, buffer, own, [&](int64_t channel, double sum, double tilt) {
     channels[channel] = {{static_cast<T>(sum), static_cast<T>(tilt)}};
   });
@@ -469,8 +470,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   });
 }
 
-// Calls launch(blocks, kernel, its arguments) for what makes the gradients. `left` has room for slabs.group_numbers() and then for
-// slabs.channel_numbers().
+// Calls launch(blocks, kernel, its arguments) for what makes the gradients. `left` has room for slabs.group_numbers() and then
+// for slabs.channel_numbers().
 template <int width, typename S, typename T, typename Launch>
 void launch_backward(const Launch& launch, const Slabs& slabs, const Affine<T>& affine, const T* mean, const T* rstd, const S* dy,
                      const S* x, S* dx, T* dgain, T* doffset, T* left) {

@@ -1,9 +1,9 @@
 // How a norm is shared out on CUDA. No torch and no CUDA in this file.
 //
-// A unit is normalised on its own: one group of an image, or if the channels lie last some neighbouring groups of it, so many that
-// their channels fill a line of the cache. It is columns and rows of packs of `width` values. If the channels lie last, a column is
-// `width` channels and a row is a pixel; else a column is a channel and a row is `width` of its pixels. Units are cut into slabs,
-// one for each block: few enough that all run side by side, however many images there are.
+// A unit is normalised on its own: one group of an image, or if the channels lie last some neighbouring groups of it, so many
+// that their channels fill a line of the cache. It is columns and rows of packs of `width` values. If the channels lie last, a
+// column is `width` channels and a row is a pixel; else a column is a channel and a row is `width` of its pixels. Units are cut
+// into slabs, one for each block: enough to fill the GPU, however many images there are.
 //
 // A block sees a slab through its threads: `columns_at_once` columns side by side, a chunk, and `rows_at_once` rows of them.
 #pragma once
@@ -21,11 +21,12 @@ namespace knife {
 
 constexpr int kNormThreads = KNIFE_NORM_THREADS;  // of a block
 constexpr int kNormBlocks = 2;                    // of those on a multiprocessor at a time: 96 registers for each thread
-constexpr int kChunk = 256;                       // channels that a block sees at once, at most: their numbers lie in shared memory
-constexpr int kLine = 128;                        // bytes of neighbouring channels that are worth a unit of their own
-constexpr int64_t kAlone = 8;   // packs a thread takes of a unit before it is cut: fewer are done before a second launch would begin
-constexpr int64_t kFewest = 4;  // packs a thread takes of a slab, about, so that it has more to do than to add up
-constexpr int64_t kMost = 64;   // and at most, about: of so few values the sums may be taken in float32
+constexpr int kChunk = 256;  // channels that a block sees at once, at most: their numbers lie in shared memory
+constexpr int kLine = 128;   // bytes of neighbouring channels that are worth a unit of their own
+// Packs that a thread takes:
+constexpr int64_t kAlone = 8;   // of a unit before it is cut; fewer are not worth a second launch
+constexpr int64_t kFewest = 4;  // of a slab, about, so that it does more than add up
+constexpr int64_t kMost = 64;   // of a slab at most, within a factor of two: of so few values the sums may be in float32
 
 struct Slabs {
   Walk walk;
@@ -66,8 +67,8 @@ inline bool unit_fits(const Walk& walk, int width, int64_t parts) {
   return groups == 1 || (channels <= kChunk && channels / width <= kNormThreads && groups <= kNormThreads);
 }
 
-// Returns how many units to make of an image, or 0 if no unit holds whole packs. If the channels lie last, as many as have rows of
-// a line; else the fewest.
+// Returns how many units to make of an image, or 0 if no unit holds whole packs. If the channels lie last, the most whose rows fill
+// a line, or else the fewest that fit.
 inline int64_t units_of_image(const Walk& walk, int width, int value_bytes) {
   if (!walk.last) return walk.pixels % width == 0 ? walk.groups : 0;
   int64_t found = 0;

@@ -1,6 +1,6 @@
-// CUDA on a CPU, as far as knife's kernels need it: include this, then csrc/*_kernels.h. A block is as many std::threads as it has on
-// a GPU, a barrier is a std::barrier, shared memory is static: blocks run one after the other, in any order. So sanitizers see what a
-// kernel does: a place beyond a buffer, and with ThreadSanitizer two threads that meet without a barrier between them.
+// CUDA on a CPU, as far as knife's kernels need it: include this, then csrc/*_kernels.h. A thread of a block is a std::thread, a
+// barrier is a std::barrier, shared memory is static: blocks run one after the other, in any order. So sanitizers see what a kernel
+// does: a place beyond a buffer, and with ThreadSanitizer two threads that meet without a barrier between them.
 #pragma once
 
 #include <barrier>
