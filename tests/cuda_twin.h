@@ -1,12 +1,13 @@
-// CUDA on a CPU, as far as knife's kernels need it: include this, then csrc/*_kernels.h. A thread of a block is a std::thread, a
-// barrier is a std::barrier, shared memory is static: blocks run one after the other, in any order. So sanitizers see what a kernel
-// does: a place beyond a buffer, and with ThreadSanitizer two threads that meet without a barrier between them.
+// CUDA on a CPU, as far as knife's kernels need it: include this, then csrc/*_kernels.h. A thread of a block is a std::thread,
+// shared memory is static: blocks run one after the other, in any order. So sanitizers see what a kernel does: a place beyond a
+// buffer, and with ThreadSanitizer two threads that meet without a barrier between them.
 #pragma once
 
-#include <barrier>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -29,42 +30,65 @@ enum class Order { forwards, backwards, inside_out };
 inline Order order = Order::forwards;  // of the blocks
 inline long long blocks_run = 0;
 
+// Not std::barrier, where threads that leave one also meet those that arrive at another: that would hide races.
+class Barrier {
+ public:
+  explicit Barrier(int size) : size_(size) {}
+  void wait() {
+    std::unique_lock lock(mutex_);
+    if (++arrived_ == size_) {
+      arrived_ = 0;
+      ++phase_;
+      everyone_.notify_all();
+    } else {
+      everyone_.wait(lock, [this, phase = phase_] { return phase_ != phase; });
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable everyone_;
+  int size_, arrived_ = 0;
+  unsigned phase_ = 0;
+};
+
 // The threads of a block, which wait for one block after the other.
 class Team {
  public:
-  explicit Team(int size) : inside_(size), outside_(size + 1) {
+  explicit Team(int size) : even_(size), odd_(size), begin_(size + 1), end_(size + 1) {
     for (int i = 0; i < size; ++i)
       members_.emplace_back([this, i] {
         thread_index = {static_cast<unsigned>(i), 0, 0};
         current_ = this;
         for (;;) {
-          outside_.arrive_and_wait();
+          begin_.wait();
           if (!work_) return;
           barriers = 0;
           work_();
-          outside_.arrive_and_wait();
+          end_.wait();
         }
       });
   }
   ~Team() {
     work_ = nullptr;
-    outside_.arrive_and_wait();
+    begin_.wait();
     for (std::thread& member : members_) member.join();
   }
 
   void run(std::function<void()> work) {
     work_ = std::move(work);
-    outside_.arrive_and_wait();
-    outside_.arrive_and_wait();
+    begin_.wait();
+    end_.wait();
     ++blocks_run;
   }
-  static void wait() { current_->inside_.arrive_and_wait(); }
+  // A thread may arrive at the next barrier before others have left this one, so there are two.
+  static void wait(int turn) { (turn % 2 ? current_->odd_ : current_->even_).wait(); }
   int size() const { return static_cast<int>(members_.size()); }
 
  private:
   static inline thread_local Team* current_ = nullptr;
   std::function<void()> work_;
-  std::barrier<> inside_, outside_;
+  Barrier even_, odd_, begin_, end_;
   std::vector<std::thread> members_;
 };
 
@@ -107,5 +131,7 @@ void launch(dim3 grid, int threads, const Kernel& kernel, const Arguments&... ar
 #define gridDim twin::grid_size
 
 inline void __syncthreads() {
-  if (twin::left_out == 0 || ++twin::barriers % twin::left_out != 0) twin::Team::wait();
+  const int met = ++twin::barriers;
+  if (twin::left_out == 0) return twin::Team::wait(met);
+  if (met % twin::left_out != 0) twin::Team::wait(met / twin::left_out);
 }

@@ -54,7 +54,7 @@ def cuda_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def racing_cuda_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(tmp_path_factory.mktemp("race"), "cuda_core.cpp", "-fsanitize=thread", *FEW_THREADS)
+    return compiled(tmp_path_factory.mktemp("race"), "cuda_core.cpp", "-O1", "-fsanitize=thread", *FEW_THREADS)
 
 
 def ran(core: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
