@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Do the kernels read and write what is theirs, and nothing else? Run from the root of a checkout, in its environment:
 #
-#     bash benchmarks/sanitize.sh core       the kernels without torch (tests/core.cpp), all shapes: AddressSanitizer and
-#                                            UndefinedBehaviorSanitizer, ThreadSanitizer, and valgrind on optimised code
+#     bash benchmarks/sanitize.sh core       the kernels without torch, all shapes: AddressSanitizer and
+#                                            UndefinedBehaviorSanitizer, ThreadSanitizer, and of the CPU's (tests/core.cpp) also
+#                                            valgrind on optimised code; those of CUDA run on a CPU (tests/cuda_core.cpp)
 #     bash benchmarks/sanitize.sh library    the library as torch calls it: tests of its ops under both of the first
 #     bash benchmarks/sanitize.sh cuda       compute-sanitizer on the tests of the CUDA kernels: memory, races
 #
@@ -20,7 +21,7 @@ say() { printf '\n== %s\n' "$*"; }
 has() { command -v "$1" > /dev/null || { echo "no $1: skipped"; return 1; }; }
 
 compile() {  # OUTPUT FLAGS...
-    ${CXX:-c++} -std=c++20 -DKNIFE_WITHOUT_TORCH -pthread -Icsrc tests/core.cpp -o "$scratch/$1" "${@:2}"
+    ${CXX:-c++} -std=c++20 -DKNIFE_WITHOUT_TORCH -pthread -Icsrc "tests/${source:-core}.cpp" -o "$scratch/$1" "${@:2}"
 }
 
 seen() {  # COMMAND... WRONG: which must fail
@@ -44,6 +45,23 @@ sanitize_core() {
         valgrind -q --error-exitcode=1 --leak-check=full "$scratch/optimised"
         for wrong in read write unset; do seen valgrind -q --error-exitcode=1 "$scratch/optimised" all "$wrong"; done
     fi
+    sanitize_twin
+}
+
+sanitize_twin() {
+    local source=cuda_core few=(-DKNIFE_NORM_THREADS=24 -DKNIFE_STEP_THREADS=24)
+    say "the CUDA kernels on a CPU: AddressSanitizer, UndefinedBehaviorSanitizer"
+    compile twin -g -O1 "${few[@]}" -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
+    "$scratch/twin"
+    for wrong in read write sum; do seen "$scratch/twin" all "$wrong"; done
+    seen "$scratch/twin" norms room
+    say "the CUDA kernels on a CPU: ThreadSanitizer"
+    compile twin-thread -g -O1 "${few[@]}" -fsanitize=thread
+    "$scratch/twin-thread"
+    for kernels in steps norms; do seen "$scratch/twin-thread" "$kernels" barrier; done
+    say "the CUDA kernels on a CPU: blocks of as many threads as on a GPU"
+    compile twin-whole -g -O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
+    "$scratch/twin-whole" all few
 }
 
 sanitize_library() {
@@ -74,5 +92,5 @@ sanitize_cuda() {
 case "${1:-}" in
     core | library | cuda) "sanitize_$1" ;;
     "") for stage in core library cuda; do "sanitize_$stage"; done ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

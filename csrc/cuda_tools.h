@@ -1,4 +1,4 @@
-// What the CUDA kernels of every op need.
+// What every op needs to launch its CUDA kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,17 +6,6 @@
 #include "tensors.h"
 
 namespace knife {
-
-// Neighbouring values that are read and written at once.
-template <typename S, int width>
-struct alignas(sizeof(S) * width) Pack {
-  S value[width];
-};
-
-template <typename S, int width>
-__device__ Pack<S, width> load(const S* data) {
-  return *reinterpret_cast<const Pack<S, width>*>(data);
-}
 
 inline bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
 

@@ -55,6 +55,9 @@ KNIFE_FN Line<T> line_of(const Affine<T>& affine, int64_t image, int64_t channel
 template <typename T>
 struct Gradient {
   T bend, level;
+
+  // The same with the mean in the level, which is as exact as a line's lift: dx = slope dz + bend x + level.
+  KNIFE_FN Gradient around_zero(double mean) const { return {bend, static_cast<T>(level - bend * mean)}; }
 };
 
 // `pull` and `tilt` are the means of gain dz and of gain dz (x - mean) rstd over the group.
@@ -95,16 +98,26 @@ inline float exponential(float x) {
 #endif
 KNIFE_FN double exponential(double x) { return exp(x); }
 
+// a / b; of float32 on a GPU to two units in the last place, in a few instructions. A norm in 16 bits would else compute for longer
+// than it reads and writes.
+template <typename T>
+KNIFE_FN T quotient(T a, T b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == sizeof(float)) return __fdividef(a, b);
+#endif
+  return a / b;
+}
+
 template <typename T>
 KNIFE_FN T logistic(T z) {
-  return 1 / (1 + exponential(-z));
+  return quotient<T>(1, 1 + exponential(-z));
 }
 
 // Returns y of one x.
 template <typename T>
 KNIFE_FN T activate(T slope, T lift, T x) {
   const T z = multiply_add(slope, x, lift);
-  return z / (1 + exponential(-z));
+  return quotient(z, 1 + exponential(-z));
 }
 
 // Returns dz of one x and dy.
