@@ -92,7 +92,7 @@ def check_task(
         wanted = [labels.roll(1, 0), *check_target(trial, config, labels, targets, nonsense)]
         for target in wanted:
             check_guide(trial, net, target)
-        check_bfloat16(trial, net, labels, wanted[0])
+        check_bfloat16(trial, net, labels, wanted[0], config)
         check_twins(trial, net, labels)
         check_evaluate(trial, net, wanted[0], config)
         for target in wanted:
@@ -211,10 +211,10 @@ def check_train(trial: Trial, net: nn.Module, labels: Tensor, steps: int) -> Non
         raise trial.wrong("train", found, "the loss must fall")
 
 
-def check_bfloat16(trial: Trial, net: nn.Module, labels: Tensor, target: Tensor) -> None:
-    """Check that loss and score have gradients where networks compute in bfloat16, as in every training on a GPU.
+def check_bfloat16(trial: Trial, net: nn.Module, labels: Tensor, target: Tensor, config: Mapping[str, Any]) -> None:
+    """Check that loss, score and numbers are there where networks compute in bfloat16, as on most GPUs and some CPUs.
 
-    It is tried on the CPU, whose autocast is much like a GPU's.
+    It is tried on this CPU, which may not multiply in it, but is much like those that do.
     """
 
     def trained() -> Tensor:
@@ -232,7 +232,13 @@ def check_bfloat16(trial: Trial, net: nn.Module, labels: Tensor, target: Tensor)
         return slope(score, trial.x, trial.t).gradient
 
     wanted = "a network's answer may be bfloat16 there; go on with .float() of it"
-    for hook, work in (("train", trained), ("guide", guided)):
+
+    def evaluated() -> Tensor:
+        with precision("cpu", "bfloat16"), torch.no_grad():
+            numbers = trial.task.evaluate(net, trial.x, trial.t, target, config)
+        return torch.cat([torch.zeros(1), *map(Tensor.float, numbers.values())])
+
+    for hook, work in (("train", trained), ("guide", guided), ("evaluate", evaluated)):
         try:
             found = work()
         except (TaskError, RuntimeError) as error:

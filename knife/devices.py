@@ -21,6 +21,7 @@ NO_MEMORY = (  # how torch says that memory ran out where it has no class for it
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+AMPERE = (8, 0)  # the first GPUs that multiply in bfloat16
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # how cuBLAS begins with its memory: of a fixed size, it adds in one order
 
 
@@ -44,14 +45,15 @@ def computed_in(device: str, wanted: str = "auto") -> str:
 def halves(device: str) -> bool:
     """Tell whether a device multiplies matrices in bfloat16 itself: GPUs since Ampere, CPUs that have AMX."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= AMPERE
     return bool(torch.backends.mkldnn.enabled and has_amx())
 
 
 @functools.cache
 def has_amx() -> bool:
-    """Tell whether the CPU multiplies tiles of bfloat16, and the system lets it."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    """Tell whether the CPU multiplies tiles of bfloat16, the system lets it, and torch's oneDNN does so."""
+    asked = [getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_init_amx")]
+    return all(ask() for ask in (*asked, getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)))
 
 
 def resolve_device(text: str = "auto") -> tuple[str, str]:

@@ -45,7 +45,8 @@ def in_words() -> str:
 def replay(net: nn.Module) -> None:
     """Let a frozen network's calls on a GPU be replayed, if that is wanted; one thread alone may call it then.
 
-    The module stays the same object with the same attributes. It must compute the same operations on every call.
+    The module stays the same object with the same attributes. It must compute the same operations on every call, of the
+    same weights: those that change are not noticed.
 
     Raises:
         SettingsError: as `wanted`.

@@ -10,20 +10,19 @@ are noticed, but for what is done to `weight.data`.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from knife.ops import LANES, TILE, needs_gradient, status, winograd, winograd_weight
 
 FEWEST_TILES = 16  # of fewer, fetching four times the weights takes longer than the products that are saved
 FEWEST_CHANNELS = 32
-State = tuple[tuple[int, int], ...]  # of weight and bias: where they lie, and how often they were written to
-FEW_ROWS = 16  # that a linear map takes at once: in float32 these are faster than oneDNN is called
 
 
 class Made:
@@ -31,16 +30,18 @@ class Made:
 
     weight: Tensor
     bias: Any  # a tensor or None
-    made: tuple[State, Mapping[str, Tensor]] = ((), {})  # of weights in which state; what, by name
+    made: tuple[tuple["Seen", ...], Mapping[str, Tensor]] = ((), {})  # of which weights; what, by name
 
     def once(self, what: str, make: Callable[[], Tensor]) -> Tensor:
         """Return what was made of the weights under a name, or make it."""
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in (self.weight, self.bias) if tensor is not None)
+        weights = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
         of, made = self.made
-        made = made if of == state else {}
+        if len(of) != len(weights) or not all(map(Seen.still, of, weights)):
+            of, made = tuple(map(Seen.now, weights)), {}
         if what not in made:
-            made = {**made, what: make()}  # a new one, as other threads may read the old
-            self.made = state, made
+            with torch.inference_mode(False):  # whose tensors no later gradient could use
+                made = {**made, what: make()}  # a new one, as other threads may read the old
+            self.made = of, made
         return made[what]
 
     def halved(self) -> Tensor:
@@ -53,7 +54,7 @@ class Made:
 
     def halves(self, x: Tensor) -> bool:
         """Tell whether autocast would halve these weights for x, and once is enough, as they are frozen."""
-        if self.weight.requires_grad or self.weight.dtype != torch.float32 or torch.compiler.is_compiling():
+        if not frozen(self) or self.weight.dtype != torch.float32 or not torch.amp.is_autocast_available(x.device.type):
             return False
         return torch.is_autocast_enabled(kind := x.device.type) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
@@ -62,16 +63,42 @@ class Made:
         return {**self.__dict__, "made": ((), {})}
 
 
+class Seen(NamedTuple):
+    """A tensor as it was: which one, where its values lay, and how often they had been written to."""
+
+    tensor: "ref[Tensor]"
+    place: int
+    version: int
+
+    @classmethod
+    def now(cls, tensor: Tensor) -> "Seen":
+        """Look at a tensor."""
+        return cls(ref(tensor), tensor.data_ptr(), tensor._version)
+
+    def still(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is the one seen, and unchanged; another may have come to lie in its place."""
+        return self.tensor() is tensor and (self.place, self.version) == (tensor.data_ptr(), tensor._version)
+
+
 class Linear(Made, nn.Linear):
     """An `nn.Linear` but for how it computes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.halves(x):
             return super().forward(x)
-        if x.device.type != "cpu" or x.numel() > FEW_ROWS * self.in_features:
-            return F.linear(x.bfloat16(), self.halved(), self.halved_bias())
-        with torch.autocast("cpu", enabled=False):  # where a call costs more than the products
-            return F.linear(x.float(), self.weight, self.bias).bfloat16()
+        if x.device.type == "cpu" and x.ndim == 2 and self.bias is not None:
+            return self.one_by_one(x.float()).bfloat16()
+        return F.linear(x.bfloat16(), self.halved(), self.halved_bias())
+
+    def one_by_one(self, x: Tensor) -> Tensor:
+        """Map each image's vector, [N, C] -> [N, K], by products of its own: their bits do not depend on the others.
+
+        And as oneDNN takes longer to be called than to multiply so little, they are in float32.
+        """
+        count = len(x)
+        with torch.autocast("cpu", enabled=False):
+            bias, weight = self.bias.expand(count, 1, -1), self.weight.t().expand(count, -1, -1)
+            return torch.baddbmm(bias, x[:, None], weight)[:, 0]
 
 
 class Convolution(Made, nn.Conv2d):
@@ -134,10 +161,17 @@ def forget(net: nn.Module) -> None:
             module.made = (), {}
 
 
+def frozen(layer: Made) -> bool:
+    """Tell whether something may be made of a layer's weights: they do not learn, and their changes are counted."""
+    if layer.weight.requires_grad or needs_gradient(layer.bias) or layer.weight.is_inference():
+        return False
+    return not torch.compiler.is_compiling()
+
+
 def pays(x: Tensor, convolution: Convolution) -> bool:
     """Tell whether a convolution of x [N, C, H, W] can be done faster, by fewer products."""
-    weight, bias = convolution.weight, convolution.bias
-    if weight.requires_grad or needs_gradient(bias) or weight.is_inference() or torch.compiler.is_compiling():
+    weight = convolution.weight
+    if not frozen(convolution):
         return False
     if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
@@ -157,8 +191,10 @@ ONEDNN: Any = torch.ops.mkldnn  # what torch.compile makes of frozen convolution
 
 @functools.cache
 def has_packing() -> bool:
-    """Tell whether this torch has oneDNN, and lets it pack weights."""
-    return torch.backends.mkldnn.is_available() and hasattr(ONEDNN, "_convolution_pointwise")
+    """Tell whether this torch packs weights for oneDNN, and this processor has what its bfloat16 needs."""
+    ops = ("_convolution_pointwise", "_reorder_convolution_weight", "_is_mkldnn_bf16_supported")
+    there = torch.backends.mkldnn.is_available() and all(hasattr(ONEDNN, name) for name in ops)
+    return there and bool(ONEDNN._is_mkldnn_bf16_supported())
 
 
 def packs(x: Tensor) -> bool:
@@ -186,9 +222,10 @@ def keeping(width: int) -> tuple[list[int], list[int], list[int], int]:
     return [width // 2] * 2, [1, 1], [1, 1], 1
 
 
-if has_packing():
+def packed_operations(x: Any, weight: Any, *others: Any, out_shape: Any, **more: Any) -> int:
+    """Count as torch counts a convolution: two operations for each product."""
+    return 2 * math.prod(weight) * math.prod(out_shape) // int(out_shape[1])
 
-    @register_flop_formula(ONEDNN._convolution_pointwise)
-    def packed_operations(x: Any, weight: Any, *others: Any, out_shape: Any, **more: Any) -> int:
-        """Count as torch counts a convolution: two operations for each product."""
-        return 2 * math.prod(weight) * math.prod(out_shape) // int(out_shape[1])
+
+if has_packing() and ONEDNN._convolution_pointwise not in flop_registry:
+    register_flop_formula(ONEDNN._convolution_pointwise)(packed_operations)

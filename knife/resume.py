@@ -186,7 +186,8 @@ def restore(state: State, found: Found, job: Job, warn: Warn) -> None:
             f"{found.path}: this run was begun with other settings ({'; '.join(refused)}). "
             f"Give the same ones to resume it, or another --dataset name to begin anew{remedy}."
         )
-    drift = compare(about.get("environment") or environment(job), environment(job))
+    before = about.get("environment") or environment(job)
+    drift = compare({"precision": "float32", **before}, environment(job))  # which was not told before there was another
     if drift:
         warn(f"resumed with other means ({'; '.join(drift)}): no longer bit for bit what one uninterrupted run gives.")
     state.history += [{"step": state.step, "what": what} for what in (changed, *drift) if what]

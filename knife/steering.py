@@ -264,17 +264,24 @@ def run(job: Job, batches: Iterable[Sequence[Edit]], failed: Failed | None = Non
                     memory_share(job.device) as share,
                 ):
                     done = each_on_its_own(job, part, failed)
-                size = min(max(size, int(len(part) / (2 * share()))), most)
+                fits = min(max(size, int(len(part) / (2 * share()))), most)
             except DeviceError:
                 if len(part) == 1:
                     raise
-                size = most = len(part) // 2
-                for net in (job.net, *(guide.net for guide in job.guides)):
-                    forget(net)  # recordings of the larger batch would keep their memory
-                continue
+                fits = most = len(part) // 2
+                done = []
+            if fits != size:
+                forget_recordings(job)  # of batches of another size, which would keep their memory
+            size = fits
             yield from done
-            rest = rest[len(part) :]
+            rest = rest[len(done) :]
     job.ticks.done()
+
+
+def forget_recordings(job: Job) -> None:
+    """Give up what was recorded of the calls of the networks that walk and guide."""
+    for net in (job.net, *(guide.net for guide in job.guides)):
+        forget(net)
 
 
 def each_on_its_own(job: Job, batch: Sequence[Edit], failed: Failed | None) -> list[Translation | None]:
@@ -404,8 +411,9 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
 
     def descend(level: int, x: Tensor) -> None:
         job.ticks.step()
-        if level in looks:  # a GPU is waited for then
+        if level in looks or job.device == "cpu":  # a GPU would have to be waited for
             check_sane(job, start.edits, level, x[: len(start.edits)])
+        if level in looks:
             along.append((level, seen(job, start, level, x[: len(start.edits)])))
 
     spec, settings = job.diffusion.card.spec, job.settings

@@ -476,8 +476,8 @@ def keep(state: State, job: Job, log: Log, watch: Watch) -> int:
         )
     log.write()
     commit(state, job)
+    guidance = measured(job, job.task, ema) if job.task else {}
     with precision(run.device, run.precision):
-        guidance = measured(job, job.task, ema) if job.task else {}
         drawn = sheet_of(job, job.task, ema) if job.task else samples(ema, job.card)
     training = {**record(state, job), **origin(job), "loss": mean(state.losses)}
     save(run.path, ema.state_dict(), replace(job.card, guidance=guidance, training=training).to_json())

@@ -47,10 +47,9 @@ def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_networks_compute_in_bfloat16_where_the_device_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert not devices.halves("cuda:0")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert devices.halves("cuda:0")
+    found = {"cuda:0": (7, 5), "cuda:1": (8, 0), "cuda:2": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", found.__getitem__)
+    assert [devices.halves(device) for device in found] == [False, True, True]
     for there in (False, True):
         monkeypatch.setattr(devices, "has_amx", lambda there=there: there)
         assert devices.halves("cpu") == there
