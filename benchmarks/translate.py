@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1, help="of each call, if more than the batch")
     parser.add_argument("--models", type=Path, help="folder of trained models; default: the shipped ones")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     batches = [int(text) for text in options.batch_sizes.split(",")]

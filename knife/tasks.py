@@ -13,9 +13,10 @@ import re
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, distributions
+from functools import lru_cache
+from importlib.metadata import EntryPoint, EntryPoints, distributions
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 import pluggy
@@ -72,17 +73,36 @@ def registrations(group: str) -> list[EntryPoint]:
     KNIFE_PLUGINS names these, with commas between: "" stands for none, and without it all are wanted. A distribution
     whose metadata cannot be read is passed over.
     """
-    told, found, seen = os.environ.get(WANTED), list[EntryPoint](), set[str]()
+    told = os.environ.get(WANTED)
     wanted = None if told is None else {OWN, *(normal(name) for name in told.split(","))}
+    known = installed(tuple((folder, changed(folder)) for folder in sys.path))
+    return [
+        point
+        for name, points in known.items()
+        if wanted is None or name in wanted
+        for point in points.select(group=group)
+    ]
+
+
+@lru_cache(4)
+def installed(path: tuple[tuple[str, int], ...]) -> dict[str, EntryPoints]:
+    """Return the entry points of all distributions by name; of two of a name, those of the first on the path.
+
+    To read them takes long, so that it is done anew only if another path is given: folders, and when they changed last.
+    """
+    found = dict[str, EntryPoints]()
     for distribution in distributions():
-        try:
-            name = normal(distribution.name or "?")
-            if name not in seen and (wanted is None or name in wanted):  # the first of a name on the path is it
-                found += distribution.entry_points.select(group=group)
-            seen.add(name)
-        except Exception:  # damaged in whatever way; nobody can tell then what it holds
-            continue
+        with suppress(Exception):  # damaged in whatever way; nobody can tell then what it holds
+            found.setdefault(normal(distribution.name or "?"), distribution.entry_points)
     return found
+
+
+def changed(folder: str) -> int:
+    """Return when something was last put into a folder or taken out; 0 if there is none."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def normal(distribution: str) -> str:
