@@ -105,7 +105,7 @@ def measure(case: str, repeats: int, device: str, clock: Clock, peaks: Mapping[s
     for kind in KINDS:
         usual = answers[f"{kind} float32"]
         for way in WAYS[1:]:
-            close = (0.05 if way == "bfloat16" else 1e-4) * usual.abs().max().item()
+            close = (0.2 if way == "bfloat16" else 1e-4) * usual.abs().max().item()
             torch.testing.assert_close(answers[f"{kind} {way}"], usual, rtol=0, atol=close)
     work = operations(lambda: forward(net, x, t))
     times: dict[str, float] = {}
