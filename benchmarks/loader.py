@@ -3,8 +3,8 @@
     python benchmarks/loader.py [--count 512] [--size 128] [--batch 64] [--preset small-128] [--device cuda]
 
 Phantoms are written as NIfTI, decoded once into a prepared set, and read from there in random batches, as a training
-does; beside it stands one training step of the preset's diffusion model on the same batches. The last line printed is
-one JSON object.
+does; beside it stand the loss and gradients of the preset's diffusion model on the same batches, in float32 and in
+bfloat16. The last line printed is one JSON object.
 """
 
 import argparse
@@ -14,11 +14,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from knife import data
+from knife.checkpoint import ready
 from knife.ddpm import hybrid_loss
 from knife.devices import precision, resolve_device
 from knife.layouts import open_folder
@@ -72,18 +74,20 @@ def measure(folder: Path, options: argparse.Namespace, device: str) -> dict[str,
         return torch.stack([images[i] for i in order[: options.batch]])
 
     figures["read in random batches"] = options.batch / median_of(batch, READS)
-    net = preset(options.preset).spec("diffusion", channels).build_unet(2 * len(channels)).to(device)
+    net = ready(preset(options.preset).spec("diffusion", channels).build_unet(2 * len(channels)), device)
     schedule = Schedule()
 
-    def consume(step: int) -> None:
-        x = batch(step).to(device)
+    def consume(step: int, precise: str) -> None:
+        x = batch(step).to(device, memory_format=torch.channels_last)
         level = torch.randint(1, schedule.T + 1, (len(x),), device=device)
-        with precision(device):
+        with precision(device, precise):
             hybrid_loss(net, x, level, torch.randn_like(x), schedule).mean().backward()
         if device != "cpu":
             torch.cuda.synchronize()
 
-    figures[f"consumed by {options.preset}'s diffusion model"] = options.batch / median_of(consume, STEPS)
+    for precise in ("float32", "bfloat16"):
+        seconds = median_of(partial(consume, precise=precise), STEPS)
+        figures[f"consumed by {options.preset}, {precise}"] = options.batch / seconds
     return figures
 
 
