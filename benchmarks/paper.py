@@ -46,7 +46,7 @@ from knife import ops
 from knife.bench import forward, gradient_operations, machine, medians, operations, peak_gflops, seconds
 from knife.checkpoint import Card, Stored
 from knife.ddim import Guidance, decode, encode, slope
-from knife.devices import halves, keep_freed_memory, ran_out_of_memory
+from knife.devices import computed_in, keep_freed_memory, ran_out_of_memory
 from knife.graphs import forget, in_words, replay
 from knife.job import Job as TrainingJob
 from knife.job import Run
@@ -116,7 +116,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", type=some_of(CASES), default=[*CASES], help=", ".join(CASES))
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[16, 1])
     parser.add_argument("--steps", type=int, default=LEVEL, help=f"of the paper's way, up and down again; all: {LEVEL}")
-    parser.add_argument("--precision", default="bfloat16", choices=PRECISIONS, help="of the walks; trainings choose")
+    parser.add_argument("--precision", default="bfloat16", choices=PRECISIONS[1:], help="of the walks")
     parser.add_argument("--most", type=float, default=60.0, help="seconds of a walk, above which it is drawn on")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--autotune", action="store_true", help="let cuDNN try its algorithms for each convolution")
@@ -432,7 +432,7 @@ def at_batch(job: TrainingJob, batch: int) -> TrainingJob:
 
 def trained(state: State, job: TrainingJob, batch: int, options: argparse.Namespace) -> Row:
     """Time steps of one batch size."""
-    precision, x = "bfloat16" if halves(options.device) else "float32", job.examples[0][0][None].to(options.device)
+    precision, x = computed_in(options.device), job.examples[0][0][None].to(options.device)
     work, peak = operations(lambda: forward(state.net, x, middle(x))), peak_of(options.device, precision)
 
     def steps() -> Row:
