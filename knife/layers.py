@@ -54,9 +54,10 @@ class Made:
 
     def halves(self, x: Tensor) -> bool:
         """Tell whether autocast would halve these weights for x, and once is enough, as they are frozen."""
-        if not frozen(self) or self.weight.dtype != torch.float32 or not torch.amp.is_autocast_available(x.device.type):
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return False
-        return torch.is_autocast_enabled(kind := x.device.type) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        return torch.get_autocast_dtype(kind) == torch.bfloat16 and self.weight.dtype == torch.float32 and frozen(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what was made of the weights out of copies and pickles, whose weights lie elsewhere."""
