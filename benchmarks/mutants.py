@@ -47,13 +47,7 @@ SUBJECTS = {  # the modules of each, and the test modules of each of those
 }
 TABLES = ["PRESETS", "FACES", "BRATS", "GUIDE", "SMALL", "JUDGE_UNET", "JUDGE_ENCODER", "SMALL_GUIDE", "DAMAGED"]
 EQUIVALENT: dict[str, tuple[str, ...]] = {  # why no test can tell them apart -> mutants
-    "one is as good a factor as a divisor": (
-        "ddim.walk: level * ones -> level / ones",
-        "ddim.walk: alpha_bar[level] * ones -> alpha_bar[level] / ones",
-        "ddim.walk: alpha_bar[next_level] * ones -> alpha_bar[next_level] / ones",
-        "ddim.pull: level * ones -> level / ones",
-        "ddim.pull: one.scale * ones -> one.scale / ones",
-    ),
+    "one is as good a factor as a divisor": ("ddim.settled: one.scale * ones -> one.scale / ones",),
     "both are as long, by the line above": (
         "ddim.pull: zip(guidance, slopes, strict=True) -> zip(guidance, slopes)",
         "ddim.pull: strict=True -> strict=False",
@@ -69,11 +63,10 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {  # why no test can tell them apart ->
         "ddim.pull: scales[0] -> scales[-1]",
         "ddim.slope: torch.autograd.grad(reached.sum(), x)[0] -> torch.autograd.grad(reached.sum(), x)[-1]",
         "schedule.Schedule.alpha_bar: torch.cumprod(1 - self.beta, 0) -> torch.cumprod(1 - self.beta, -1)",
-        "ddpm.posterior: beta[0] -> beta[-1]",
+        "ddpm.coefficients: beta[0] -> beta[-1]",
     ),
-    "nothing is added to what is whole": ("ddim.walk: len(g) < len(x) -> len(g) <= len(x)",),
+    "nothing is added to what is whole": ("ddim.walk: count < len(x) -> count <= len(x)",),
     "a number in a tensor is taken for a number": (
-        "ddim.walk: schedule.alpha_bar.tolist() -> schedule.alpha_bar",
         "schedule.Schedule.digest: self.alpha_bar.numpy().tobytes() -> self.alpha_bar.numpy()",
     ),
     "one is as long as the other, and so is a number as its negative": (

@@ -58,7 +58,7 @@ def racing_cuda_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ran(core: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([core, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([core, *arguments], capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.slow

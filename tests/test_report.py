@@ -218,7 +218,7 @@ def test_settings_and_models_are_told(several):
     page, record = Page(report([several])), several.record
     assert page.row("noise level")[1] == "10"
     assert page.row("control")[1] == "yes"
-    assert page.row("batch size")[1] == "8"
+    assert page.row("precision")[1] == record["settings"]["precision"] != "auto"
     assert page.row("region")[1] == "ellipse:16,16,9,6"
     roles = [row[0] for row in page.rows if row[-1] in {model["sha256"][:16] for model in record["models"]}]
     assert roles == ["walks", "guides", "guides"]
