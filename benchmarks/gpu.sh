@@ -2,7 +2,7 @@
 # What only a GPU can tell. Run from the root of a checkout, with a python3 that has torch for CUDA:
 #
 #     bash benchmarks/gpu.sh ops       build and test the CUDA kernels, measure them and the calls of the networks
-#     bash benchmarks/gpu.sh ways      quality and seconds in float32 and bfloat16, calls launched and recorded (CUDA graphs)
+#     bash benchmarks/gpu.sh ways      quality and seconds in float32 and bfloat16, steps launched and recorded (CUDA graphs)
 #     bash benchmarks/gpu.sh paper     the paper's networks: seconds an image beside the floor, launches of a step, training
 #     bash benchmarks/gpu.sh peers     the same work by other programs, in float32 and in bfloat16
 #     bash benchmarks/gpu.sh sanitize  look for memory errors and races of the kernels
@@ -81,7 +81,7 @@ gpu_ways() {
     for precision in float32 bfloat16; do
         for graphs in off on; do
             say "$precision, graphs $graphs: quality, and seconds per image"
-            # a network that cannot be recorded is an error here; one way that fails leaves the others
+            # a step that cannot be recorded is an error here; one way that fails leaves the others
             KNIFE_GRAPHS=$graphs PYTHONWARNINGS=error:KNIFE_GRAPHS timeout 100 python3 benchmarks/quality.py --device cuda \
                 --models "$models" --count 16 --precision "$precision" |& tee "$out/quality-$precision-$graphs.txt" || true
             KNIFE_GRAPHS=$graphs PYTHONWARNINGS=error:KNIFE_GRAPHS timeout 75 python3 benchmarks/translate.py --device cuda \
@@ -102,7 +102,7 @@ kept() {
 gpu_paper() {
     rm -f "$out/paper.txt"
     local graphs cases=brats-regress,faces-regress,brats-segment
-    # a network that cannot be recorded is told in its row
+    # a step that cannot be recorded is told in its row
     export PYTHONWARNINGS=error:KNIFE_GRAPHS
     for graphs in off on; do
         say "seconds an image, graphs $graphs"
@@ -123,7 +123,7 @@ gpu_peers() {
     local work=brats16,faces16,brats-walk others=guided-diffusion,diffusers,monai
     say "float32"
     kept peers.txt 150 benchmarks/peers.py --device cuda --repeats 3 --only "$work,knife,$others"
-    say "bfloat16, knife's calls recorded"
+    say "bfloat16, knife's steps recorded"
     KNIFE_GRAPHS=on kept peers.txt 300 benchmarks/peers.py --device cuda --precision bfloat16 --repeats 3 \
         --only "$work,knife,$others,diffusers-compile"
 }

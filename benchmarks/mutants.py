@@ -48,11 +48,9 @@ SUBJECTS = {  # the modules of each, and the test modules of each of those
 TABLES = ["PRESETS", "FACES", "BRATS", "GUIDE", "SMALL", "JUDGE_UNET", "JUDGE_ENCODER", "SMALL_GUIDE", "DAMAGED"]
 EQUIVALENT: dict[str, tuple[str, ...]] = {  # why no test can tell them apart -> mutants
     "one is as good a factor as a divisor": ("ddim.settled: one.scale * ones -> one.scale / ones",),
-    "both are as long, by the line above": (
-        "ddim.pull: zip(guidance, slopes, strict=True) -> zip(guidance, slopes)",
-        "ddim.pull: strict=True -> strict=False",
+    "both are as long, by the loop above": (
         "ddim.pull: zip(slopes, scales, strict=True) -> zip(slopes, scales)",
-        "ddim.pull: strict=True -> strict=False #2",
+        "ddim.pull: strict=True -> strict=False",
     ),
     "no 8-bit value is 0.999": (
         "ddpm.discretized_log_likelihood: x > 0.999 -> x >= 0.999",
@@ -65,7 +63,6 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {  # why no test can tell them apart ->
         "schedule.Schedule.alpha_bar: torch.cumprod(1 - self.beta, 0) -> torch.cumprod(1 - self.beta, -1)",
         "ddpm.coefficients: beta[0] -> beta[-1]",
     ),
-    "nothing is added to what is whole": ("ddim.walk: count < len(x) -> count <= len(x)",),
     "a number in a tensor is taken for a number": (
         "schedule.Schedule.digest: self.alpha_bar.numpy().tobytes() -> self.alpha_bar.numpy()",
     ),

@@ -45,9 +45,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from knife import ops
 from knife.bench import forward, gradient_operations, machine, medians, operations, peak_gflops, seconds
 from knife.checkpoint import Card, Stored
-from knife.ddim import Guidance, decode, encode, slope
+from knife.ddim import Guidance, called, decode, encode, slope
 from knife.devices import computed_in, keep_freed_memory, ran_out_of_memory
-from knife.graphs import forget, in_words, replay
+from knife.graphs import in_words, player
 from knife.job import Job as TrainingJob
 from knife.job import Run
 from knife.layouts import Folder
@@ -219,8 +219,10 @@ def walks(options: argparse.Namespace) -> Iterator[Row]:
         for batch in options.batches:
             x = images(job, batch)
             for solver, steps in (("ddim", options.steps), ("ab2", min(SHORT, options.steps))):
-                recorded(job)
-                one = replace(job, settings=replace(job.settings, solver=solver, steps=steps))
+                settings = replace(job.settings, solver=solver, steps=steps)
+                one = replace(
+                    job, settings=settings, play=player()
+                )  # of its own, so that each row holds its memory alone
                 row = {"case": case, "batch": batch, "solver": solver, "steps": steps}
                 yield fenced(row, options.device, partial(timed_walk, one, x, work, options))
 
@@ -234,13 +236,6 @@ def job_of(case: str, options: argparse.Namespace) -> Job:
     walk = {"noise_level": LEVEL, "steps": options.steps, "solver": "ddim", "scale": SCALE, "control": False}
     settings = Settings(precision=options.precision, **walk)
     return Job(diffusion, net, (Guide(task(kind), stored, guide),), settings, options.device)
-
-
-def recorded(job: Job) -> None:
-    """Let calls be recorded where that is wanted, anew in each row, so that it holds its own memory alone."""
-    for net in (job.net, *(guide.net for guide in job.guides)):
-        replay(net)
-        forget(net)
 
 
 def images(job: Job, batch: int) -> Tensor:
@@ -265,8 +260,8 @@ def target_of(guide: Guide, x: Tensor) -> Tensor:
 def walk(job: Job, x: Tensor, steps: int) -> Tensor:
     """Encode images [N, C, H, W] and decode them guided, along the first steps of a job's levels."""
     net, schedule, levels = job.precisely(job.net), job.diffusion.card.schedule, job.levels[: steps + 1]
-    noisy, last = encode(net, x, schedule, levels, solver=job.solver)
-    return decode(net, noisy, schedule, levels, [guidance_of(job, x)], solver=job.solver, before=last)
+    noisy, last = encode(net, x, schedule, levels, solver=job.solver, play=job.play)
+    return decode(net, noisy, schedule, levels, [guidance_of(job, x)], solver=job.solver, before=last, play=job.play)
 
 
 def timed_walk(job: Job, x: Tensor, work: tuple[int, int], options: argparse.Namespace) -> Row:
@@ -306,7 +301,7 @@ def paced(run: Callable[[int], object], steps: int, options: argparse.Namespace)
 
 
 def work_of(job: Job) -> tuple[int, int]:
-    """Count the operations of a U-Net's call and of a guide's gradient for one image, before calls are recorded."""
+    """Count the operations of a U-Net's call and of a guide's gradient for one image."""
     x = images(job, 1)
     t, net, score = middle(x), job.precisely(job.net), guidance_of(job, x).score
     return operations(lambda: forward(net, x, t)), gradient_operations(score, x, t)
@@ -323,8 +318,7 @@ def middle(x: Tensor) -> Tensor:
 def launches(options: argparse.Namespace) -> Iterator[Row]:
     """Count what a guided step launches, for the last batch size of those given, which changes nothing of it."""
     for case in options.cases:
-        job, batch = job_of(case, options), options.batches[-1]
-        recorded(job)
+        job, batch = replace(job_of(case, options), play=player()), options.batches[-1]
         row = {"case": case, "batch": batch}
         found = fenced(row, options.device, partial(counts, job, images(job, batch)))
         for what, numbers in found.pop("counts", {"": {}}).items():
@@ -332,15 +326,19 @@ def launches(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def counts(job: Job, x: Tensor) -> Row:
-    """Return what is launched, kind -> {step, network, gradient, outside}; a step is the third of a walk."""
+    """Return what is launched, kind -> {step, network, gradient, outside}; a step is the third of a walk.
+
+    Of one that is recorded nothing is launched inside: all is outside.
+    """
     net, schedule, guidance = job.precisely(job.net), job.diffusion.card.schedule, guidance_of(job, x)
     t = middle(x)
 
     def steps(count: int) -> Callable[[], object]:
-        return lambda: decode(net, x, schedule, path(LEVEL, 3)[: count + 1], [guidance])
+        return lambda: decode(net, x, schedule, path(LEVEL, 3)[: count + 1], [guidance], play=job.play)
 
-    calls = {"network": lambda: forward(net, x, t), "gradient": lambda: slope(guidance.score, x, t)}
-    calls |= {"two": steps(2), "three": steps(3)}
+    calls = {"two": steps(2), "three": steps(3)}
+    if job.play is called:
+        calls |= {"network": lambda: forward(net, x, t), "gradient": lambda: slope(guidance.score, x, t)}
     found = {name: launched(call, job.device) for name, call in calls.items()}
     if not any(found["three"].values()):
         raise RuntimeError("the profiler tells of nothing on this device")
@@ -349,7 +347,7 @@ def counts(job: Job, x: Tensor) -> Row:
 
 def numbers_of(found: Mapping[str, Counter[str]], what: str) -> dict[str, int]:
     """Return one kind of what was counted: of a step, what it is made of, and what remains."""
-    network, gradient = found["network"][what], found["gradient"][what]
+    network, gradient = (found[name][what] if name in found else 0 for name in ("network", "gradient"))
     step = found["three"][what] - found["two"][what]
     return {"step": step, "network": network, "gradient": gradient, "outside": step - network - gradient}
 

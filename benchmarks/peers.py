@@ -20,7 +20,7 @@ begin when the images lie on the device, and end when it is done.
 
 With --precision bfloat16 a peer does all its work under one torch.autocast, which keeps the weights it has halved, and
 knife computes as its own option of that name lets it. Networks of random weights make much of that rounding: what
-differs is no longer small. KNIFE_GRAPHS=on records knife's calls on a GPU. `diffusers-compile` is diffusers' U-Net in
+differs is no longer small. KNIFE_GRAPHS=on records knife's steps on a GPU. `diffusers-compile` is diffusers' U-Net in
 channels_last under torch.compile, run on a GPU (in the mode `reduce-overhead`, which records CUDA graphs), or where
 --only names it; the seconds that compiling took are told apart.
 
@@ -447,23 +447,21 @@ def knife(folder: Path, case: Case, where: Where) -> Run:
     """Set up the networks as `knife translate` loads them, and the paper's solver."""
     from knife import load_model
     from knife.ddim import Guidance, ddim, decode, encode
-    from knife.graphs import replay
+    from knife.graphs import player
     from knife.schedule import Schedule
 
     net = load_model(folder / "models" / "peers" / "diffusion.safetensors", where.device)
     if not case.stride:
         return with_rate(net, where)
     guide = load_model(folder / "models" / "peers" / "regress.safetensors", where.device)
-    for one in (net, guide):
-        replay(one)
     told = precisely(lambda x, t: score(guide, x, t), where)
     pulls = [Guidance(told, json.loads((folder / "scale.json").read_text()))]
-    schedule, asked = Schedule("linear", TRAINED), precisely(net, where)
+    schedule, asked, play = Schedule("linear", TRAINED), precisely(net, where), player()
 
     def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         levels = [t + 1 for t in timesteps]
-        noisy, _ = encode(asked, x.to(memory_format=torch.channels_last), schedule, levels, solver=ddim)
-        return decode(asked, noisy, schedule, levels, pulls, solver=ddim), {}
+        noisy, _ = encode(asked, x.to(memory_format=torch.channels_last), schedule, levels, solver=ddim, play=play)
+        return decode(asked, noisy, schedule, levels, pulls, solver=ddim, play=play), {}
 
     return run
 
@@ -482,15 +480,15 @@ def precisely(network: Network, where: Where) -> Network:
 def with_rate(net: nn.Module, where: Where) -> Run:
     """Return a run that asks a network once and tells GFLOP/s, beside those of the fastest of some matrix products."""
     from knife.bench import operations, peak_gflops
-    from knife.graphs import replay
+    from knife.graphs import player
 
     flops, peak = list[int](), peak_gflops(where.device, dtype=getattr(torch, where.precision))
-    once = called(precisely(lambda x, t: net(x.to(memory_format=torch.channels_last), t), where))
+    ask, play = precisely(lambda x, t: net(x.to(memory_format=torch.channels_last), t), where), player()
+    once = called(partial(play, ask))
 
     def run(x: Tensor, timesteps: Sequence[int]) -> tuple[Tensor | None, dict[str, float]]:
         if not flops:
-            flops.append(operations(lambda: once(x, timesteps)))
-            replay(net)
+            flops.append(operations(lambda: called(ask)(x, timesteps)))
         began = time.perf_counter()
         result, _ = once(x, timesteps)
         where.settle()

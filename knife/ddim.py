@@ -15,9 +15,9 @@ order takes the same step with another e, made from what the network says here a
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,47 +30,42 @@ Score = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> [N], hi
 Scale = Callable[["Slope", Tensor, Tensor], Tensor]  # (slope, alpha_bar [N], the next alpha_bar [N]) -> s, [N]
 Track = Callable[[int, Tensor], None]  # called with (level, x at that level) after every step
 Hold = Callable[[int, Tensor], Tensor]  # (level, x at that level) -> what the walk goes on with
+Play = Callable[..., Any]  # (work, *arguments) -> what the work makes of them, however it is launched
 DRAWS = 64  # levels whose noise is kept for the next decode and batch; a walk of more draws it anew
 FLAT = 1e-30  # a score that slopes less asks for nothing
 WHOLE = 0.05  # strength from which a step may ask for all that its target lacks, if the image shows all of itself
 
 
 class Point(NamedTuple):
-    """Where a walk asked its network: images x [N, C, H, W] of an alpha_bar, and the eps that it told."""
+    """Where a walk asked its network: images x [N, C, H, W] of a level, and the eps that it told.
+
+    The level's alpha_bar and sigma, noise over signal, are tensors [] float64, so that no GPU is waited for.
+    """
 
     x: Tensor
     eps: Tensor
-    alpha_bar: float
-
-    @property
-    def sigma(self) -> float:
-        """Return how noisy the images are: noise over signal."""
-        return sigma_of(self.alpha_bar)
+    alpha_bar: Tensor
+    sigma: Tensor
 
     @property
     def x0(self) -> Tensor:
         """Return the predicted clean images."""
-        return (self.x - math.sqrt(1 - self.alpha_bar) * self.eps) / math.sqrt(self.alpha_bar)
+        return self.x / self.alpha_bar.sqrt() - self.sigma * self.eps
 
     def part(self, rows: Tensor | slice) -> "Point":
         """Return the point of some of the images, each as often as `rows` names it."""
-        return Point(self.x[rows], self.eps[rows], self.alpha_bar)
+        return self._replace(x=self.x[rows], eps=self.eps[rows])
 
 
-def sigma_of(alpha_bar: float) -> float:
-    """Return the ratio of noise to signal."""
-    return math.sqrt((1 - alpha_bar) / alpha_bar)
+Solver = Callable[[Point, Point | None, Tensor], Tensor]  # (here, one step before, the next sigma) -> e of the step
 
 
-Solver = Callable[[Point, Point | None, float], Tensor]  # (here, one step before, the next sigma) -> e of the step
-
-
-def ddim(here: Point, before: Point | None, sigma: float) -> Tensor:
+def ddim(here: Point, before: Point | None, sigma: Tensor) -> Tensor:
     """Return eps as the network told it: the first order of the paper."""
     return here.eps
 
 
-def ab2(here: Point, before: Point | None, sigma: float) -> Tensor:
+def ab2(here: Point, before: Point | None, sigma: Tensor) -> Tensor:
     """Return eps on the line in sigma through the last two points, half a step on (Adams-Bashforth of second order).
 
     Where encoding has turned into decoding, the point before is the one that the step leads back to, and this is the
@@ -79,18 +74,19 @@ def ab2(here: Point, before: Point | None, sigma: float) -> Tensor:
     if before is None:
         return here.eps
     share = (sigma - here.sigma) / (2 * (here.sigma - before.sigma))
-    return torch.lerp(before.eps, here.eps, 1 + share)
+    return torch.lerp(before.eps, here.eps, (1 + share).to(here.eps.dtype))
 
 
-def dpm2m(here: Point, before: Point | None, sigma: float) -> Tensor:
+def dpm2m(here: Point, before: Point | None, sigma: Tensor) -> Tensor:
     """Return the eps whose x0 is on the line in log sigma through the last two points: DPM-Solver++(2M).
 
     Source: Lu et al., arXiv 2211.01095, algorithm 2.
     """
-    if before is None or not (here.sigma and before.sigma and sigma):  # there is no line through log 0
+    if before is None:
         return here.eps
-    share = math.log(here.sigma / sigma) / (2 * math.log(before.sigma / here.sigma))
-    return here.eps - share / here.sigma * (here.x0 - before.x0)
+    share = (here.sigma / sigma).log() / (2 * (before.sigma / here.sigma).log()) / here.sigma
+    there = here.sigma * before.sigma * sigma > 0  # no line goes through log 0
+    return here.eps - torch.where(there, share, 0) * (here.x0 - before.x0)
 
 
 SOLVERS: Mapping[str, Solver] = {"ddim": ddim, "ab2": ab2, "dpm2m": dpm2m}
@@ -122,6 +118,11 @@ class Guidance(NamedTuple):
         return bool(self.scale) and self.low < level <= self.high
 
 
+def called(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a work as it is."""
+    return work(*arguments)
+
+
 def encode(
     net: Network,
     x: Tensor,
@@ -129,6 +130,7 @@ def encode(
     levels: Sequence[int],
     track: Track | None = None,
     solver: Solver = ddim,
+    play: Play = called,
 ) -> tuple[Tensor, Point]:
     """Encode images deterministically to noise level levels[-1] (eq. 4; first loop of Algorithms 1 and 2).
 
@@ -141,11 +143,13 @@ def encode(
         levels: rising levels from 0, as `schedule.path` gives them.
         track: called after every step.
         solver: what makes a step's eps of what the network tells.
+        play: what takes the steps: a `knife.graphs.Recorder` launches each as one, if networks are callables that
+            last, or `functools.partial` of such, and all tensors that change are arguments.
 
     Returns:
         The noisy images x_L, [N, C, H, W], and the point one step before, for `decode` to go on from.
     """
-    return walk(net, x, schedule, levels, track=track, solver=solver)
+    return walk(net, x, schedule, levels, track=track, solver=solver, play=play)
 
 
 def decode(
@@ -159,6 +163,7 @@ def decode(
     hold: Hold | None = None,
     solver: Solver = ddim,
     before: Point | None = None,
+    play: Play = called,
 ) -> Tensor:
     """Decode noisy images back to level 0 while the gradients of scores pull (eq. 3; Algorithms 1 and 2).
 
@@ -173,11 +178,12 @@ def decode(
         hold: what becomes of x after every step, such as `keep_outside`.
         solver: what makes a step's eps of what the network tells; guidance, which is rough, stays of first order.
         before: the last point of encoding.
+        play: what takes the steps, as of `encode`.
 
     Returns:
         The translated images, [N, C, H, W].
     """
-    return walk(net, x, schedule, levels[::-1], guidance, clamp, track, hold, solver, before)[0]
+    return walk(net, x, schedule, levels[::-1], guidance, clamp, track, hold, solver, before, play)[0]
 
 
 def decode_with_control(
@@ -191,6 +197,7 @@ def decode_with_control(
     hold: Hold | None = None,
     solver: Solver = ddim,
     before: Point | None = None,
+    play: Play = called,
 ) -> tuple[Tensor, Tensor]:
     """Decode noisy images guided and, as a control, unguided, in one batch; arguments as of `decode`.
 
@@ -198,11 +205,12 @@ def decode_with_control(
     `track` and `hold` see the guided ones first, then the controls, [2N, C, H, W].
     """
     if not any(one.pulls(level) for one in guidance for level in levels):
-        alone = decode(net, x, schedule, levels, (), clamp, track, hold, solver, before)
+        alone = decode(net, x, schedule, levels, (), clamp, track, hold, solver, before, play)
         return alone, alone
     count = len(x)
     before = before and before.part(torch.arange(count).repeat(2))
-    both, _ = walk(net, torch.cat([x, x]), schedule, levels[::-1], guidance, clamp, track, hold, solver, before, count)
+    walked = (schedule, levels[::-1], guidance, clamp, track, hold, solver, before, play)
+    both, _ = walk(net, torch.cat([x, x]), *walked, controls=count)
     return both[:count], both[count:]
 
 
@@ -218,29 +226,23 @@ def walk(
     hold: Hold | None = None,
     solver: Solver = ddim,
     before: Point | None = None,
-    guided: int | None = None,
+    play: Play = called,
+    controls: int = 0,
 ) -> tuple[Tensor, Point]:
-    """Take one step for each pair of neighbouring levels; only the first `guided` images are pulled at (None: all).
+    """Take one step for each pair of neighbouring levels; nothing pulls at the last `controls` of the images.
 
     All that a step needs beside images is made before the first: a GPU is then told to compute, and never waited for.
 
     Returns the images, and the point where the last step began.
     """
-    count, known, at = len(x) if guided is None else guided, schedule.shares, torch.tensor(levels)
-    alpha_bar = schedule.alpha_bar[at].to(x.device)[:, None].repeat(1, len(x))  # [levels, N]
-    t = timestep(at).to(x.device)[:, None].repeat(1, len(x))
-    ones, still = torch.ones_like(alpha_bar[0]), torch.zeros_like(x[count:])
-    guidance = settled(guidance, ones[:count])
-    for i, (level, next_level) in enumerate(pairwise(levels)):
-        here = Point(x, net(x, t[i])[:, : x.shape[1]].to(x.dtype), known[level])
-        eps = solver(here, before, sigma_of(known[next_level]))
-        g, s = None, ones
-        if pulling := [one for one in guidance if one.pulls(level)]:
-            g, s = pull(pulling, here.part(slice(count)), level, t[i, :count], alpha_bar[i : i + 2, :count])
-            if count < len(x):
-                g, s = torch.cat([g, still]), torch.cat([s, ones[count:]])
-        x = ddim_step(x, eps, g, alpha_bar[i], alpha_bar[i + 1], s, clamp)  # eq. 3, 4
-        before = here
+    guided = len(x) - controls
+    places = places_of(schedule, levels, x)
+    guidance = settled(guidance, places[0].ones[:guided])
+    still = torch.zeros_like(x[guided:])
+    for (level, next_level), at, to in zip(pairwise(levels), places, places[1:], strict=False):
+        pulling = [one for one in guidance if one.pulls(level)]
+        fresh = noise_of(level, x.shape[1:], x.device, x.dtype) if any(one.fresh for one in pulling) else None
+        x, before = play(step, net, solver, pulling, clamp, x, before, at, to, fresh, still)
         if hold:
             x = hold(next_level, x)
         if track:
@@ -249,39 +251,108 @@ def walk(
     return x, before
 
 
-def pull(guidance: Sequence[Guidance], here: Point, level: int, t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what pulls at images [N, C, H, W] together: a gradient of their shape, and its scale for each, [N].
+class Place(NamedTuple):
+    """A level as a step needs it, on the device of the images: once for each, [N], and once for all, []."""
 
-    They are at a level, for which the networks are asked at t, [N]; alpha_bar [2, N] is of this level and the next.
+    t: Tensor  # [N] the timestep
+    alpha_bars: Tensor  # [N] float64
+    ones: Tensor  # [N] float64
+    alpha_bar: Tensor  # [] float64
+    sigma: Tensor  # [] float64, noise over signal
+
+
+def places_of(schedule: Schedule, levels: Sequence[int], x: Tensor) -> list[Place]:
+    """Return the places of levels, for images x [N, C, H, W]."""
+    at = torch.tensor(levels)
+    alpha_bar = schedule.alpha_bar[at]
+    single = alpha_bar.to(x.device), ((1 - alpha_bar) / alpha_bar).sqrt().to(x.device)
+    alpha_bars, t = (one.to(x.device)[:, None].repeat(1, len(x)) for one in (alpha_bar, timestep(at)))
+    return [Place(*one) for one in zip(t, alpha_bars, torch.ones_like(alpha_bars), *single, strict=True)]
+
+
+def step(
+    net: Network,
+    solver: Solver,
+    pulling: Sequence[Guidance],
+    clamp: tuple[float, float] | None,
+    x: Tensor,
+    before: Point | None,
+    at: Place,
+    to: Place,
+    fresh: Tensor | None,
+    still: Tensor,
+) -> tuple[Tensor, Point]:
+    """Take one step of images x [N, C, H, W] (eq. 3 downwards, eq. 4 upwards): all of it is tensors of one device.
+
+    Args:
+        net: the diffusion model.
+        solver: what makes the step's eps.
+        pulling: what pulls at this level.
+        clamp: limits of the predicted clean image.
+        x: the images.
+        before: where the step before began.
+        at: the level of the images.
+        to: the level that they come to.
+        fresh: noise [C, H, W] that those who ask for it see.
+        still: zeros [M, C, H, W]: nothing pulls at the last M images.
+
+    Returns:
+        The images at the next level, and the point where this step began.
     """
-    slopes = [slope(one.score, under_fresh_noise(here, level) if one.fresh else here.x, t) for one in guidance]
-    scales = [one.scale(at, *alpha_bar) for one, at in zip(guidance, slopes, strict=True) if callable(one.scale)]
+    here = Point(x, net(x, at.t)[:, : x.shape[1]].to(x.dtype), at.alpha_bar, at.sigma)
+    eps = solver(here, before, to.sigma)
+    g, s = None, at.ones
+    if pulling:
+        guided = len(x) - len(still)
+        g, s = pull(pulling, here.part(slice(guided)), at, to, fresh)
+        if len(still):
+            g, s = torch.cat([g, still]), torch.cat([s, at.ones[guided:]])
+    return ddim_step(x, eps, g, at.alpha_bars, to.alpha_bars, s, clamp), here  # eq. 3, 4
+
+
+def pull(
+    guidance: Sequence[Guidance], here: Point, at: Place, to: Place, fresh: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what pulls at the first images of a step together: a gradient [N, C, H, W], and its scale for each, [N].
+
+    `fresh` is the noise [C, H, W] that those who ask for it see.
+    """
+    count = len(here.x)
+    t, alpha_bar, next_alpha_bar = at.t[:count], at.alpha_bars[:count], to.alpha_bars[:count]
+    slopes, scales = [], []
+    for one in guidance:
+        found = slope(one.score, under_fresh_noise(here, fresh) if one.fresh and fresh is not None else here.x, t)
+        assert callable(one.scale), "settled"
+        slopes.append(found)
+        scales.append(one.scale(found, alpha_bar, next_alpha_bar))
     if len(slopes) == 1:
         return slopes[0].gradient, scales[0]
-    pulls = [at.gradient * s[:, None, None, None].to(here.x.dtype) for at, s in zip(slopes, scales, strict=True)]
-    return torch.stack(pulls).sum(0), torch.ones_like(alpha_bar[0])
+    pulls = [found.gradient * s[:, None, None, None].to(here.x.dtype) for found, s in zip(slopes, scales, strict=True)]
+    return torch.stack(pulls).sum(0), at.ones[:count]
 
 
 def settled(guidance: Sequence[Guidance], ones: Tensor) -> list[Guidance]:
     """Return what pulls at all, with scales that every step can ask, of as many images as there are ones."""
-
-    def always(s: Tensor) -> Scale:
-        return lambda at, alpha_bar, next_alpha_bar: s
-
     return [
-        one if callable(one.scale) else one._replace(scale=always(one.scale * ones)) for one in guidance if one.scale
+        one if callable(one.scale) else one._replace(scale=partial(always, one.scale * ones))
+        for one in guidance
+        if one.scale
     ]
 
 
-def under_fresh_noise(here: Point, level: int) -> Tensor:
-    """Return noisy images [N, C, H, W] whose predicted x0 is the same, and whose noise is drawn anew.
+def always(s: Tensor, found: Slope, alpha_bar: Tensor, next_alpha_bar: Tensor) -> Tensor:
+    """Return the paper's scale: s [N], whatever the slope and the level."""
+    return s
+
+
+def under_fresh_noise(here: Point, fresh: Tensor) -> Tensor:
+    """Return noisy images [N, C, H, W] whose predicted x0 is the same, and whose noise is drawn anew: [C, H, W].
 
     Task networks learn from images under noise that knows nothing of them. The noise of an encoded image is made of
     the image, and stays for the whole walk: a network that meets nothing else is met in its weaknesses. The draw
     depends on the level alone, and is the same for every image, so that no result depends on its batch.
     """
-    noise = noise_of(level, here.x.shape[1:], here.x.device, here.x.dtype)
-    return here.x + math.sqrt(1 - here.alpha_bar) * (noise - here.eps)
+    return here.x + (1 - here.alpha_bar).sqrt() * (fresh - here.eps)
 
 
 @lru_cache(DRAWS)
@@ -336,17 +407,20 @@ def balanced(strength: float | Tensor, steepness: float) -> Scale:
         strength: the size of the guidance, one for all images or one for each, [N].
         steepness: the usual size of sqrt(1 - ab) g, as measured when the guide was trained.
     """
+    return partial(steered, strength, steepness)
 
-    def scale(at: Slope, alpha_bar: Tensor, next_alpha_bar: Tensor) -> Tensor:
-        squares = at.gradient.flatten(1).double().square()
-        size = ((1 - alpha_bar) * squares.mean(1)).sqrt()
-        s = strength / (steepness * size).clamp(min=FLAT).sqrt()
-        gain = reach(alpha_bar, next_alpha_bar) * squares.sum(1)  # on the tangent, of s = 1
-        share = (strength / WHOLE * alpha_bar).clamp(max=1)
-        enough = -2 * share * at.score.double() / gain.clamp(min=FLAT)
-        return torch.where(at.score < 0, torch.minimum(s, enough), s)
 
-    return scale
+def steered(
+    strength: float | Tensor, steepness: float, found: Slope, alpha_bar: Tensor, next_alpha_bar: Tensor
+) -> Tensor:
+    """Return the scale of `balanced`, [N]."""
+    squares = found.gradient.flatten(1).double().square()
+    size = ((1 - alpha_bar) * squares.mean(1)).sqrt()
+    s = strength / (steepness * size).clamp(min=FLAT).sqrt()
+    gain = reach(alpha_bar, next_alpha_bar) * squares.sum(1)  # on the tangent, of s = 1
+    share = (strength / WHOLE * alpha_bar).clamp(max=1)
+    enough = -2 * share * found.score.double() / gain.clamp(min=FLAT)
+    return torch.where(found.score < 0, torch.minimum(s, enough), s)
 
 
 def reach(alpha_bar: Tensor, next_alpha_bar: Tensor) -> Tensor:

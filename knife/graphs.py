@@ -1,28 +1,31 @@
-"""CUDA graphs: a network's hundreds of launches recorded once for each shape, then replayed as one.
+"""CUDA graphs: the hundreds of launches of a step, recorded once for each form of its arguments, replayed as one.
 
-At batch 1 a GPU waits for the launches of a network longer than it computes. torch's `make_graphed_callables` records
-the call and its gradient; what is added here is when to record, what to do with a network that cannot be recorded, and
-that answers outlive the next call.
+At batch 1 a GPU waits for the launches of a network longer than it computes. So all of a step, the diffusion model, the
+gradients of the guides and the update, is launched at once. A recording reads and writes the same memory every time:
+what changes is copied to where it reads, and what it makes is copied before the next.
 """
 
 import os
 import warnings
-from collections.abc import Callable
-from typing import Any
-from weakref import WeakMethod
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from knife.ddim import Play, called
 from knife.devices import ran_out_of_memory
-from knife.errors import SettingsError
+from knife.errors import SettingsError, TaskError
+from knife.layers import Seen
 
 CHOICES = ("off", "on")  # KNIFE_GRAPHS
-MOST = 8  # shapes of one network that are recorded: each keeps the memory of a call
+MOST = 8  # forms of arguments that are remembered, those used last
+WARM = 2  # calls before one is recorded, in which libraries take their memory and weights are made ready
 
 
 def wanted() -> bool:
-    """Tell whether calls shall be recorded, as KNIFE_GRAPHS says.
+    """Tell whether steps shall be recorded, as KNIFE_GRAPHS says.
 
     Raises:
         SettingsError: if that is none of off, on.
@@ -34,108 +37,185 @@ def wanted() -> bool:
 
 
 def in_words() -> str:
-    """Say whether calls are recorded.
+    """Say whether steps are recorded.
 
     Raises:
         SettingsError: as `wanted`.
     """
-    return "calls on a GPU are recorded, because KNIFE_GRAPHS=on" if wanted() else "off; KNIFE_GRAPHS=on records calls"
+    return "steps on a GPU are recorded, because KNIFE_GRAPHS=on" if wanted() else "off; KNIFE_GRAPHS=on records steps"
 
 
-def replay(net: nn.Module) -> None:
-    """Let a frozen network's calls on a GPU be replayed, if that is wanted; one thread alone may call it then.
-
-    The module stays the same object with the same attributes. It must compute the same operations on every call, of the
-    same weights: those that change are not noticed.
+def player() -> Play:
+    """Return what takes the steps of one job: a recorder of its own, if that is wanted.
 
     Raises:
         SettingsError: as `wanted`.
     """
-    if wanted() and not isinstance(net.forward, Replayed):
-        net.forward = Replayed(weakly(net.forward))
+    return Recorder() if wanted() else called
 
 
-def forget(net: nn.Module) -> None:
-    """Give up what was recorded of a network, and the memory that it keeps."""
-    if isinstance(net.forward, Replayed):
-        net.forward.graphs.clear()
+def forget(play: Play) -> None:
+    """Give up what was recorded, and the memory that it keeps."""
+    if isinstance(play, Recorder):
+        play.forget()
 
 
-def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that does not keep its object alive, so that the object may hold it."""
-    held = WeakMethod(method)
+class Recorder:
+    """Calls works on tensors; those on a GPU are recorded, then replayed. One thread alone may call it.
 
-    def call(*inputs: Any, **named: Any) -> Any:
-        living = held()
-        assert living is not None, "its object is gone"
-        return living(*inputs, **named)
-
-    return call
-
-
-class Replayed:
-    """The forward of a network; calls whose arguments are all tensors on a GPU are recorded, then replayed.
-
-    A replay writes where the one before it did. So its answer is copied, and while the gradient of one call is still to
-    come, others of that shape are computed anew.
+    A work must do the same with all tensors of one form, and not look at what they hold. All that changes from call to
+    call must be among its arguments: tensors, and tuples, lists and `functools.partial` of them, are looked into; any
+    other object is taken for what it was, and so are the weights of a network.
 
     Args:
-        forward: what to record; of tensors it makes a tensor.
         kind: the type of the devices that are recorded on.
     """
 
-    def __init__(self, forward: Callable[..., Any], kind: str = "cuda") -> None:
-        self.forward, self.kind = forward, kind
-        self.graphs: dict[object, Callable[..., Tensor]] = {}
-        self.awaited = set[object]()  # the shapes of calls whose gradient is still to come
-        self.refused: str | None = None  # why the network cannot be recorded
+    def __init__(self, kind: str = "cuda") -> None:
+        self.kind = kind
+        self.recordings: dict[Hashable, Recording] = {}  # those used last come last
+        self.refused: str | None = None  # why no more is recorded
+        self.pool: Any = None  # the memory in which all compute, as no two do at once
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        if named or self.refused or not all(isinstance(x, Tensor) and x.device.type == self.kind for x in inputs):
-            return self.forward(*inputs, **named)
-        shape = (torch.is_grad_enabled(), computed_in(self.kind), *map(look, inputs))
-        if shape in self.awaited or not self.recorded(shape, inputs):
-            return self.forward(*inputs)
-        answer = self.graphs[shape](*inputs).clone()
-        if answer.requires_grad:
-            self.awaited.add(shape)
-            answer.register_hook(lambda gradient: self.awaited.discard(shape))
-        return answer
+    def __call__(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        tensors = tensors_in(arguments)
+        if not tensors or any(x.device.type != self.kind or x.requires_grad for x in tensors):
+            return work(*arguments)
+        key = (work, computed_in(self.kind), form(arguments))
+        recording = self.recordings.pop(key, None) or self.record(work, arguments)
+        if recording is None:
+            return work(*arguments)
+        self.recordings[key] = recording
+        return recording.play(tensors)
 
-    def recorded(self, shape: object, inputs: tuple[Tensor, ...]) -> bool:
-        """Tell whether there is a recording for a shape, or can be now."""
-        if shape not in self.graphs and len(self.graphs) < MOST:
-            try:
-                self.graphs[shape] = record(self.forward, inputs)
-            except RuntimeError as error:
-                if ran_out_of_memory(error):
-                    raise
-                cause = error.__context__ or error  # what ends a recording comes after what broke it
-                self.refused = f"{type(cause).__name__}: {cause}"
-                warnings.warn(f"KNIFE_GRAPHS=on: a network cannot be recorded ({self.refused})", stacklevel=3)
-        return shape in self.graphs
+    def record(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> "Recording | None":
+        """Return a new recording, None if there can be none; one that was not used for long is given up for it."""
+        if self.refused:
+            return None
+        while len(self.recordings) >= MOST:
+            del self.recordings[next(iter(self.recordings))]
+        own = mapped(lambda x: x.detach().clone(), arguments)
+        inputs = tensors_in(own)
+        warm(partial(work, *own), inputs[0].device)  # what is wrong with the work itself is not caught
+        try:
+            self.pool = self.pool or new_pool()
+            replay, made = capture(partial(work, *own), inputs[0].device, self.pool)
+        except (RuntimeError, TaskError) as error:
+            if ran_out_of_memory(error):
+                raise
+            cause = error.__context__ or error  # what ends a recording comes after what broke it
+            self.refused = f"{type(cause).__name__}: {cause}"
+            warnings.warn(f"KNIFE_GRAPHS=on: a step cannot be recorded ({self.refused})", stacklevel=4)
+            return None
+        return Recording(replay, inputs, [None] * len(inputs), made)
 
-
-def record(forward: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    """Return a replay of a call with such inputs, and of its gradient where one of them requires it."""
-    samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
-
-    def plain(*tensors: Tensor) -> Tensor:  # recorded is the call as the network makes it, and nothing of the module
-        made = forward(*tensors)
-        if not isinstance(made, Tensor):
-            raise RuntimeError(f"the network answers with a {type(made).__name__}, not a tensor")
-        return made
-
-    capture: Any = torch.cuda.make_graphed_callables  # the declared types know modules and functions as one
-    where = {x.device for x in samples if x.is_cuda}
-    with torch.cuda.stream(torch.cuda.current_stream(where.pop()) if where else None):  # on the GPU of the inputs,
-        replayed: Callable[..., Tensor] = capture(plain, samples)  # and back on this stream if it fails
-    return replayed
+    def forget(self) -> None:
+        """Give up all recordings, and their memory."""
+        self.recordings.clear()
+        self.pool = None
 
 
-def look(x: Tensor) -> tuple[object, ...]:
-    """Return all of a tensor that a recording depends on, but for its values."""
-    return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+class Recording(NamedTuple):
+    """What was recorded once, and the memory that it reads and writes."""
+
+    replay: Callable[[], object]
+    inputs: list[Tensor]
+    holds: list[Seen | None]  # of each input what was last copied to it, if its changes are counted
+    made: Any
+
+    def play(self, tensors: list[Tensor]) -> Any:
+        """Replay it on other tensors; what it returns outlives the next time."""
+        new = [i for i, (held, x) in enumerate(zip(self.holds, tensors, strict=True)) if not (held and held.still(x))]
+        if new:
+            torch._foreach_copy_([self.inputs[i] for i in new], [tensors[i] for i in new])
+        for i in new:
+            self.holds[i] = None if tensors[i].is_inference() else Seen.now(tensors[i])
+        self.replay()
+        given = {id(own): x for own, x in zip(self.inputs, tensors, strict=True)}
+        return mapped(lambda x: given[id(x)] if id(x) in given else x.clone(), self.made)
+
+
+def warm(work: Callable[[], Any], device: torch.device) -> None:
+    """Call a work on a GPU as often as it takes until it takes nothing new, on the side, as it is recorded."""
+    with torch.cuda.device(device):
+        now, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(now)
+        with torch.cuda.stream(beside):
+            for _ in range(WARM):
+                work()
+        now.wait_stream(beside)
+
+
+def capture(work: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Callable[[], object], Any]:
+    """Return what replays a work on a GPU, and what the work makes, in memory that every replay writes anew."""
+    with torch.cuda.device(device):
+        graph: Any = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, pool, torch.cuda.Stream())
+        with torch.cuda.stream(torch.cuda.current_stream()), recording:  # back on this stream if it fails
+            made = work()
+    return graph.replay, made
+
+
+def new_pool() -> Any:
+    """Return what stands for memory that recordings share."""
+    return torch.cuda.graph_pool_handle()
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a value in which tensors are changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, partial):
+        named = {name: mapped(change, one) for name, one in value.keywords.items()}
+        return partial(mapped(change, value.func), *mapped(change, value.args), **named)
+    if isinstance(value, tuple | list):
+        parts = [mapped(change, one) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a value, in the order of `mapped`."""
+    found = list[Tensor]()
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    mapped(note, value)
+    return found
+
+
+def form(value: Any) -> Hashable:
+    """Return all of a value that a recording depends on, but for what its tensors hold."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype, value.device)
+    if isinstance(value, partial):
+        return (partial, form(value.func), form(value.args), form(tuple(value.keywords.items())))
+    if isinstance(value, tuple | list):
+        return (type(value), *map(form, value))
+    try:
+        hash(value)
+    except TypeError:
+        return Same(value)
+    found: Hashable = value
+    return found
+
+
+class Same:
+    """Stands for an object that cannot be hashed: equal to nothing but itself, whatever it holds."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def computed_in(kind: str) -> torch.dtype | None:

@@ -47,11 +47,6 @@ class Schedule:
         return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - self.beta, 0)])
 
     @cached_property
-    def shares(self) -> list[float]:
-        """Return the same as plain numbers."""
-        return list(map(float, self.alpha_bar))
-
-    @cached_property
     def digest(self) -> str:
         """Return a fingerprint of alpha_bar, which stands in a model's card."""
         return hashlib.sha256(self.alpha_bar.numpy().tobytes()).hexdigest()[:16]

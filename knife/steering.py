@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from knife.ddim import (
     Guidance,
     Hold,
     Network,
+    Play,
     Point,
     Solver,
     balanced,
+    called,
     decode,
     decode_with_control,
     encode,
@@ -155,6 +158,7 @@ class Job:
     onlookers: tuple[Reader, ...] = ()  # of tasks that do not guide, to see what happens to them
     about: Mapping[str, Any] = field(default_factory=dict)  # what each record begins with
     ticks: Ticks = field(default_factory=Ticks)  # hears of every step
+    play: Play = called  # takes the steps
 
     @property
     def levels(self) -> list[int]:
@@ -182,16 +186,17 @@ class Job:
 
     def precisely(self, network: Network) -> Network:
         """Return a network, or a score, that computes in the precision that the settings say."""
-
-        def answer(x: Tensor, t: Tensor) -> Tensor:
-            with precision(self.device, self.settings.precision):
-                return network(x, t)
-
-        return answer
+        return partial(answer, self.device, self.settings.precision, network)
 
     def name(self, guide: Reader, name: str) -> str:
         """Return what a record calls a guide's number: of several guides, the task is said too."""
         return name if len(self.guides) == 1 else f"{guide.task.name} {name}"
+
+
+def answer(device: str, wanted: str, network: Network, x: Tensor, t: Tensor) -> Tensor:
+    """Ask a network in a precision that is wanted on a device."""
+    with precision(device, wanted):
+        return network(x, t)
 
 
 @dataclass(frozen=True)
@@ -271,17 +276,11 @@ def run(job: Job, batches: Iterable[Sequence[Edit]], failed: Failed | None = Non
                 fits = most = len(part) // 2
                 done = []
             if fits != size:
-                forget_recordings(job)  # of batches of another size, which would keep their memory
+                forget(job.play)  # what was recorded of batches of another size, and would keep its memory
             size = fits
             yield from done
             rest = rest[len(done) :]
     job.ticks.done()
-
-
-def forget_recordings(job: Job) -> None:
-    """Give up what was recorded of the calls of the networks that walk and guide."""
-    for net in (job.net, *(guide.net for guide in job.guides)):
-        forget(net)
 
 
 def each_on_its_own(job: Job, batch: Sequence[Edit], failed: Failed | None) -> list[Translation | None]:
@@ -392,7 +391,7 @@ def encoded(job: Job, edits: Sequence[Edit]) -> Start:
         if held:
             trajectory[level] = x
 
-    noisy, last = encode(job.precisely(job.net), x, job.diffusion.card.schedule, levels, climb, job.solver)
+    noisy, last = encode(job.precisely(job.net), x, job.diffusion.card.schedule, levels, climb, job.solver, job.play)
     check_sane(job, edits, levels[-1], noisy)
     errors = errors_from_targets(job, edits, x)
     limits = [limits_of(job, errors, i) for i in range(len(edits))]
@@ -421,7 +420,7 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
     clamp = spec.value_range if settings.clamp else None
     schedule, hold = job.diffusion.card.schedule, start.hold
     net, levels = job.precisely(job.net), job.levels
-    walk = (net, start.noisy, schedule, levels, guidance, clamp, descend, hold, job.solver, start.last)
+    walk = (net, start.noisy, schedule, levels, guidance, clamp, descend, hold, job.solver, start.last, job.play)
     if start.base is not None:
         y = decode(*walk)
     elif settings.control:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import EntryPoint, EntryPoints, distributions
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
@@ -312,14 +312,14 @@ class Task(Seen):
 
     def score(self, net: "nn.Module", target: "Tensor") -> "Score":
         """Return the score to climb towards a batch of targets [N, ...]."""
+        return partial(self.scored, net, target)
 
-        def score(x: "Tensor", t: "Tensor") -> "Tensor":
-            value = self.tensor("guide", net=net, x=x, t=t, target=target)
-            if value.shape != x.shape[:1]:
-                raise self.violation("guide", value, f"one score for each image, here of shape [{len(x)}]")
-            return value
-
-        return score
+    def scored(self, net: "nn.Module", target: "Tensor", x: "Tensor", t: "Tensor") -> "Tensor":
+        """Return how well noised images x [N, C, H, W] at timesteps t [N] fit their targets [N, ...], [N]."""
+        value = self.tensor("guide", net=net, x=x, t=t, target=target)
+        if value.shape != x.shape[:1]:
+            raise self.violation("guide", value, f"one score for each image, here of shape [{len(x)}]")
+        return value
 
     def evaluate(
         self, net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor | None", config: Mapping[str, Any]

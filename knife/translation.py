@@ -23,11 +23,12 @@ import torch
 from knife import __version__, ops, outputs, stacks, streams, tasks
 from knife.calibrate import default_level
 from knife.checkpoint import Stored, load
+from knife.ddim import called
 from knife.devices import computed_in, enough_memory, keep_freed_memory, resolve_device
 from knife.errors import ApartError, InputError, KnifeError, ModelError, SettingsError, TargetError, TaskError
 from knife.files import shown
 from knife.finite import fill_of
-from knife.graphs import replay
+from knife.graphs import player
 from knife.image import Image, check_dtype
 from knife.inputs import Place, expand, opened, shard_of, unread
 from knife.judges import Offered, judges_record, offered
@@ -364,11 +365,10 @@ def job_of(
             with suppress(ModelError, TaskError):  # nothing depends on them
                 looking.append(reader(kind, stored))
         net = load(pairs[0].diffusion, device)
-    if not any(wish.target.startswith("by:") for wish in wishes):  # these ask the guide where images are read
-        for one in (net, *(guide.net for guide in guides)):
-            replay(one)
     about = judges_record([guide.judge.net for guide in guides if guide.judge], reasons)
-    return Job(pairs[0].diffusion, net, tuple(guides), settings, device, tuple(looking), about)
+    alone = not any(wish.target.startswith("by:") for wish in wishes)  # these ask the guide where images are read
+    play = player() if alone else called
+    return Job(pairs[0].diffusion, net, tuple(guides), settings, device, tuple(looking), about, play=play)
 
 
 def judging(kind: tasks.Task, pair: Pair, device: str) -> tuple[Reader | None, list[str]]:

@@ -72,6 +72,12 @@ def tolerance(schedule, level):
     return max(1e-12, 8 * torch.finfo(torch.float64).eps / schedule.alpha_bar[level].sqrt().item())
 
 
+def point(x, eps, alpha_bar):
+    """Return a point of a walk, at a level whose alpha_bar is a number."""
+    share = torch.tensor(float(alpha_bar), dtype=torch.float64)
+    return Point(x, eps, share, ((1 - share) / share).sqrt())
+
+
 def with_alpha_bar(alpha_bar):
     """Return a schedule of given levels."""
     schedule = Schedule(T=len(alpha_bar) - 1)
@@ -123,7 +129,7 @@ def test_every_solver_is_exact_where_the_network_always_says_the_same(name):
 
 def test_the_step_that_turns_back_takes_the_mean_of_both_ends():
     ab = Schedule().alpha_bar.tolist()
-    ends = [Point(normal(1, 1, 2, 2), normal(1, 1, 2, 2, seed=seed), ab[level]) for seed, level in ((1, 300), (2, 200))]
+    ends = [point(normal(1, 1, 2, 2), normal(1, 1, 2, 2, seed=seed), ab[level]) for seed, level in ((1, 300), (2, 200))]
     torch.testing.assert_close(ab2(*ends, ends[1].sigma), (ends[0].eps + ends[1].eps) / 2)
 
 
@@ -145,7 +151,7 @@ def test_guidance_alone_moves_images_as_in_the_first_order():
     # A network that says nothing leaves guidance alone: its path must be Euler's, which is stable where it is rough.
     x, levels, schedule = normal(1, 1, 2, 2), path(300, 6, spread=1.5), Schedule()
     guidance = [Guidance(lambda x, t: (x**2).sum((1, 2, 3)), 0.01)]
-    before = Point(x, torch.zeros_like(x), schedule.alpha_bar[levels[-2]].item())
+    before = point(x, torch.zeros_like(x), schedule.alpha_bar[levels[-2]])
 
     def silent(x, t):
         return torch.zeros_like(x)
@@ -392,19 +398,22 @@ def test_long_steps_do_not_pull_to_and_fro():
     assert all(abs(b) < abs(a) + 0.1 for a, b in pairwise(said))  # x itself grows by a little from step to step
 
 
+def drawn(level, x):
+    """Return the noise of a level, for images."""
+    return noise_of(level, x.shape[1:], x.device, x.dtype)
+
+
 def test_fresh_noise_leaves_the_predicted_image_and_is_the_same_for_all():
-    level, schedule = 300, Schedule()
-    ab = schedule.alpha_bar[level].item()
-    here = Point(normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1), ab)
-    seen = under_fresh_noise(here, level)
+    ab = Schedule().alpha_bar[300].item()
+    here = point(normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1), ab)
+    seen = under_fresh_noise(here, drawn(300, here.x))
     noise = (seen - math.sqrt(ab) * here.x0) / math.sqrt(1 - ab)
     torch.testing.assert_close(noise[0], noise[1])
     assert noise.std() == pytest.approx(1, abs=0.5)
     assert not torch.allclose(noise, here.eps, atol=0.1)
-    assert torch.equal(seen, under_fresh_noise(here, level))
-    other = under_fresh_noise(here, level + 1)
-    assert not torch.allclose(seen, other, atol=0.1)
-    torch.testing.assert_close(under_fresh_noise(here.part(slice(1)), level), seen[:1], rtol=0, atol=0)
+    assert not torch.allclose(drawn(300, here.x), drawn(301, here.x), atol=0.1)
+    part = here.part(slice(1))
+    torch.testing.assert_close(under_fresh_noise(part, drawn(300, part.x)), seen[:1], rtol=0, atol=0)
 
 
 def test_the_noise_of_a_level_is_drawn_once_for_all_batches():
@@ -417,11 +426,10 @@ def test_the_noise_of_a_level_is_drawn_once_for_all_batches():
 
 
 def test_fresh_noise_differs_between_channels_and_leaves_other_draws_alone():
-    here = Point(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), 0.5)
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
-    first, second, third = under_fresh_noise(here, 200)[0]
+    first, second, third = drawn(200, torch.zeros(1, 3, 4, 4))
     assert torch.equal(torch.rand(3), wanted)
     for one, other in ((first, second), (first, third), (second, third)):
         assert not torch.allclose(one, other, atol=0.1)
@@ -438,8 +446,8 @@ def test_a_guide_is_shown_fresh_noise_where_it_asks_for_it_and_the_images_themse
     decode(net, x, schedule, [0, 200], [Guidance(score, 0.1)])
     decode(net, x, schedule, [0, 200], [Guidance(score, 0.1, fresh=True)])
     assert torch.equal(shown[0], x)
-    here = Point(x, 0.3 * x, schedule.alpha_bar[200].item())
-    assert torch.equal(shown[1], under_fresh_noise(here, 200))
+    here = point(x, 0.3 * x, schedule.alpha_bar[200])
+    assert torch.equal(shown[1], under_fresh_noise(here, drawn(200, x)))
 
 
 @pytest.mark.parametrize("scale", [0.5, balanced(0.3, 0.5)], ids=["paper", "balanced"])

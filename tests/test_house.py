@@ -18,10 +18,10 @@ FLOORS = {
     5: ("stacks", "report", "calibrate", "job", "resume", "sheets"),
     4: ("prepared", "survey", "pairs", "outputs", "interop", "diffusers"),
     3: ("layouts", "data", "balance", "checkpoint", "judges"),
-    2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation", "patients"),
+    2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation", "patients", "graphs"),
     1: (
         "schedule", "spec", "unet", "layers", "image", "nifti", "picture", "native", "ops", "hookspecs", "devices",
-        "ranks", "graphs",
+        "ranks",
     ),
     0: ("errors", "files", "lock", "finite", "settings", "bootstrap", "streams"),
 }  # fmt: skip
@@ -29,7 +29,7 @@ FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in mod
 SAME_FLOOR = {
     ("files", "errors"), ("lock", "errors"), ("lock", "files"), ("resume", "job"), ("sheets", "job"),
     ("finite", "errors"), ("settings", "errors"), ("finite", "files"), ("spec", "unet"),
-    ("ops", "native"), ("graphs", "devices"), ("layers", "ops"), ("unet", "ops"), ("unet", "layers"),
+    ("ops", "native"), ("graphs", "ddim"), ("layers", "ops"), ("unet", "ops"), ("unet", "layers"),
     ("image", "nifti"), ("image", "picture"), ("dicom", "volume"),
     ("data", "layouts"), ("diffusers", "interop"),
 }  # fmt: skip

@@ -17,6 +17,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import CHANNELS, SIZE, TINY, store
+from tape import Twin
 
 import knife
 from knife import files as files_module
@@ -35,6 +36,7 @@ from knife.errors import (
     TargetError,
     TaskError,
 )
+from knife.graphs import Recorder
 from knife.image import MARK, read
 from knife.inputs import expand
 from knife.layers import has_packing
@@ -750,31 +752,52 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(quick, images, monkeypa
             raise trouble
         return real(net, x, *arguments)
 
+    monkeypatch.setenv("KNIFE_GRAPHS", "on")
     whole = quick([images / "slice.nii", images / "healthy.nii"] * 3, "regress", "0.3")
     forgotten = []
     monkeypatch.setattr(module, "decode_with_control", decode)
     monkeypatch.setattr(module, "forget", forgotten.append)
     halved = quick([images / "slice.nii", images / "healthy.nii"] * 3, "regress", "0.3")
     assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
-    assert (len(forgotten), len({*forgotten})) == (4, 2)  # what was recorded of both networks, each time
+    assert (len(forgotten), len({*forgotten})) == (2, 1)  # by the one recorder, each time
     for one, other in zip(whole, halved, strict=True):
         assert one.source.source.paths == other.source.source.paths
         torch.testing.assert_close(one.change, other.change, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("target", "recorded"), [("0.3", 2), ("by:+10%", 0)])
-def test_calls_are_recorded_if_one_thread_alone_makes_them(quick, images, monkeypatch, target, recorded):
-    replayed, asked, real = [], set(), Reader.numbers
+@pytest.mark.parametrize(("target", "recorded"), [("0.3", True), ("by:+10%", False)])
+def test_steps_are_recorded_if_one_thread_alone_asks_networks(quick, images, monkeypatch, target, recorded):
+    """By a recorder that finds no GPU; each step comes to it, and none of another thread."""
+    asked, played, numbers, play = set(), [], Reader.numbers, Recorder.__call__
 
-    def numbers(reader, *arguments):
+    def reading(reader, *arguments):
         asked.add(threading.get_ident())
-        return real(reader, *arguments)
+        return numbers(reader, *arguments)
 
-    monkeypatch.setattr(translation, "replay", replayed.append)
-    monkeypatch.setattr(Reader, "numbers", numbers)
+    def playing(recorder, work, *arguments):
+        played.append(work.__name__)
+        return play(recorder, work, *arguments)
+
+    monkeypatch.setenv("KNIFE_GRAPHS", "on")
+    monkeypatch.setattr(Reader, "numbers", reading)
+    monkeypatch.setattr(Recorder, "__call__", playing)
     quick([images / "slice.nii", images / "healthy.nii"], "regress", target, settings=replace(FEW, batch_size=1))
-    assert len(replayed) == recorded
-    assert recorded == 0 or asked == {threading.get_ident()}
+    assert bool(played) == recorded
+    assert {*played} <= {"step"}
+    assert not recorded or asked == {threading.get_ident()}
+
+
+def test_batches_share_what_is_recorded(quick, images, monkeypatch):
+    """Whole translations, whose steps the twin of a CUDA graph takes."""
+    places, settings = [images / "slice.nii", images / "healthy.nii"] * 2, replace(FEW, batch_size=1)
+    wanted = quick(places, "regress", "0.3", settings=settings)
+    twin = Twin(monkeypatch)
+    monkeypatch.setattr(translation, "player", lambda: Recorder("cpu"))
+    found = quick(places, "regress", "0.3", settings=settings)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one.change, other.change)
+    assert twin.recorded <= 4, "up: the first step and the others; down: with a control, and again without"
+    assert twin.replayed >= 4 * 2 * FEW.steps
 
 
 def test_an_image_that_fails_takes_no_other_with_it(quick, images, tmp_path, monkeypatch):
