@@ -84,9 +84,9 @@ def dpm2m(here: Point, before: Point | None, sigma: Tensor) -> Tensor:
     """
     if before is None:
         return here.eps
-    share = (here.sigma / sigma).log() / (2 * (before.sigma / here.sigma).log()) / here.sigma
-    there = here.sigma * before.sigma * sigma > 0  # no line goes through log 0
-    return here.eps - torch.where(there, share, 0) * (here.x0 - before.x0)
+    share = (here.sigma / sigma).log() / (2 * (before.sigma / here.sigma).log())
+    share = torch.where(sigma > 0, share, 0)  # no line leads to log 0
+    return here.eps - share / here.sigma * (here.x0 - before.x0)
 
 
 SOLVERS: Mapping[str, Solver] = {"ddim": ddim, "ab2": ab2, "dpm2m": dpm2m}

@@ -407,8 +407,11 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
     """
     looks = set(job.levels[:: max(1, (len(job.levels) - 1) // LOOKS)])
     along: list[tuple[int, Numbers]] = [(job.levels[-1], seen(job, start, job.levels[-1], start.noisy))]
+    latest = job.levels[-1], start.noisy
 
     def descend(level: int, x: Tensor) -> None:
+        nonlocal latest
+        latest = level, x[: len(start.edits)]
         job.ticks.step()
         if level in looks or job.device == "cpu":  # a GPU would have to be waited for
             check_sane(job, start.edits, level, x[: len(start.edits)])
@@ -421,14 +424,15 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
     schedule, hold = job.diffusion.card.schedule, start.hold
     net, levels = job.precisely(job.net), job.levels
     walk = (net, start.noisy, schedule, levels, guidance, clamp, descend, hold, job.solver, start.last, job.play)
-    if start.base is not None:
-        y = decode(*walk)
-    elif settings.control:
-        y, control = decode_with_control(*walk)
+    try:
+        y, control = decode_with_control(*walk) if settings.control and start.base is None else (decode(*walk), start.x)
+    except TaskError:
+        check_sane(job, start.edits, *latest)  # of values without bounds a guide may say what it will
+        raise
+    if start.base is None:
         start = replace(start, base=control)
-        refuse_unknown(job, start)
-    else:
-        y, start = decode(*walk), replace(start, base=start.x)
+        if settings.control:
+            refuse_unknown(job, start)
     assert start.base is not None
     return start, attempts_of(job, start, strengths, (y - start.base).cpu(), along)
 

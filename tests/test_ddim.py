@@ -133,6 +133,15 @@ def test_the_step_that_turns_back_takes_the_mean_of_both_ends():
     torch.testing.assert_close(ab2(*ends, ends[1].sigma), (ends[0].eps + ends[1].eps) / 2)
 
 
+def test_no_line_in_log_sigma_leads_from_clean_images_or_to_them():
+    ab, net = Schedule().alpha_bar, lambda x, t: x.sin()
+    x, before = normal(1, 1, 2, 2), point(normal(1, 1, 2, 2, seed=1), normal(1, 1, 2, 2, seed=2), ab[300])
+    down = [decode(net, x, Schedule(), [0, 200], solver=SOLVERS[name], before=before) for name in ("dpm2m", "ddim")]
+    assert torch.equal(*down)
+    up = [encode(net, x, Schedule(), [0, 100, 200], solver=SOLVERS[name])[0] for name in ("dpm2m", "ddim")]
+    assert torch.equal(*up)
+
+
 @pytest.mark.parametrize("name", ["ab2", "dpm2m"])
 def test_a_walk_asks_the_network_once_a_step(name):
     asked = []
@@ -145,6 +154,21 @@ def test_a_walk_asks_the_network_once_a_step(name):
     noisy, last = encode(net, normal(1, 1, 2, 2), Schedule(), levels, solver=SOLVERS[name])
     decode(net, noisy, Schedule(), levels, solver=SOLVERS[name], before=last)
     assert asked == [max(level - 1, 0) for level in levels[:-1] + levels[:0:-1]]
+
+
+def test_whoever_plays_takes_every_step():
+    taken, levels, schedule, x = [], path(300, 4), Schedule(), normal(1, 1, 2, 2)
+
+    def play(work, *arguments):
+        taken.append(work.__name__)
+        return work(*arguments)
+
+    net, guidance = (lambda x, t: 0.1 * x), [Guidance(lambda x, t: x.flatten(1).sum(1), 0.1)]
+    noisy, _ = encode(net, x, schedule, levels, play=play)
+    decode(net, noisy, schedule, levels, guidance, play=play)
+    decode_with_control(net, noisy, schedule, levels, guidance, play=play)
+    decode_with_control(net, noisy, schedule, levels, play=play)
+    assert taken == ["step"] * 16
 
 
 def test_guidance_alone_moves_images_as_in_the_first_order():

@@ -46,7 +46,7 @@ from knife.schedule import Schedule
 from knife.settings import Settings, Wish
 from knife.spec import ImageSpec
 from knife.steering import Reader
-from knife.tasks import task
+from knife.tasks import Task, task
 from knife.translation import translate, translations
 
 FEW = Settings(noise_level=10, steps=5)
@@ -711,6 +711,27 @@ def test_an_image_that_blows_up_is_named_and_nothing_of_it_written(quick, images
 
 
 OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
+
+
+def test_what_a_guide_says_of_values_without_bounds_is_no_fault_of_its(quick, images, monkeypatch):
+    """On a GPU it may meet them before anybody looks."""
+    met, scored, check = [], Task.scored, module.check_sane
+
+    def bounded(kind, net, target, x, t):
+        if not x.abs().max() < module.ABSURD:
+            met.append(x)
+            raise TaskError("task regress: its hook guide failed")
+        return scored(kind, net, target, x, t)
+
+    def late(job, edits, level, x):
+        if met:
+            check(job, edits, level, x)
+
+    monkeypatch.setattr(Task, "scored", bounded)
+    monkeypatch.setattr(module, "check_sane", late)
+    with pytest.raises(SamplingError, match=r"slice\.nii: values beyond 1e\+06 at level [0-9]+"):
+        quick([images / "slice.nii"], "regress", "0.3", settings=replace(FEW, scale=1e12))
+    assert met
 
 
 @pytest.mark.parametrize("trouble", OUT_OF_MEMORY, ids=["cuda", "cpu"])
