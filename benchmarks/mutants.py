@@ -48,10 +48,17 @@ SUBJECTS = {  # the modules of each, and the test modules of each of those
 TABLES = ["PRESETS", "FACES", "BRATS", "GUIDE", "SMALL", "JUDGE_UNET", "JUDGE_ENCODER", "SMALL_GUIDE", "DAMAGED"]
 EQUIVALENT: dict[str, tuple[str, ...]] = {  # why no test can tell them apart -> mutants
     "one is as good a factor as a divisor": ("ddim.settled: one.scale * ones -> one.scale / ones",),
-    "both are as long, by the loop above": (
-        "ddim.pull: zip(slopes, scales, strict=True) -> zip(slopes, scales)",
+    "all are as long, by the lines above": (
+        "ddim.pull: zip(guidance, slopes, strict=True) -> zip(guidance, slopes)",
         "ddim.pull: strict=True -> strict=False",
+        "ddim.pull: zip(slopes, scales, strict=True) -> zip(slopes, scales)",
+        "ddim.pull: strict=True -> strict=False #2",
+        "ddim.walk: zip(pairwise(levels), pairwise(places), strict=True) -> zip(pairwise(levels), pairwise(places))",
+        "ddim.walk: strict=True -> strict=False",
+        "ddim.places_of: zip(t, alpha_bars, *single, strict=True) -> zip(t, alpha_bars, *single)",
+        "ddim.places_of: strict=True -> strict=False",
     ),
+    "a slice that ends behind the last is whole": ("ddim.walk: 0 -> -1",),
     "no 8-bit value is 0.999": (
         "ddpm.discretized_log_likelihood: x > 0.999 -> x >= 0.999",
         "ddpm.discretized_log_likelihood: x < -0.999 -> x <= -0.999",
@@ -75,7 +82,13 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {  # why no test can tell them apart ->
         "checkpoint.seal: tensors[name].contiguous() -> tensors[name]",
     ),
     "neither is more than there can be": ("checkpoint.refuse_larger: 0 -> -1",),
-    "how much is kept changes no result": ("ddim: 64 -> 65", "ddim: 64 -> 63"),
+    "how much is kept changes no result": (
+        "ddim: 64 -> 65",
+        "ddim: 64 -> 63",
+        "ddpm: @lru_cache(8) -> no decorator",
+        "ddpm.coefficients: lru_cache(8) -> lru_cache(9)",
+        "ddpm.coefficients: lru_cache(8) -> lru_cache(7)",
+    ),
     "where os has the first of these flags, it lacks the second, and the file is open for writing anyway": (
         "files.regular: getattr(os, 'O_NONBLOCK', 0) -> getattr(os, 'O_NONBLOCK', 1)",
         "files.regular: getattr(os, 'O_NONBLOCK', 0) -> getattr(os, 'O_NONBLOCK', -1)",

@@ -236,13 +236,13 @@ def walk(
     Returns the images, and the point where the last step began.
     """
     guided = len(x) - controls
-    places = places_of(schedule, levels, x)
-    guidance = settled(guidance, places[0].ones[:guided])
+    ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
     still = torch.zeros_like(x[guided:])
-    for (level, next_level), at, to in zip(pairwise(levels), places, places[1:], strict=False):
+    guidance, places = settled(guidance, ones[:guided]), places_of(schedule, levels, x)
+    for (level, next_level), (at, to) in zip(pairwise(levels), pairwise(places), strict=True):
         pulling = [one for one in guidance if one.pulls(level)]
         fresh = noise_of(level, x.shape[1:], x.device, x.dtype) if any(one.fresh for one in pulling) else None
-        x, before = play(step, net, solver, pulling, clamp, x, before, at, to, fresh, still)
+        x, before = play(step, net, solver, pulling, clamp, x, before, at, to, fresh, ones, still)
         if hold:
             x = hold(next_level, x)
         if track:
@@ -256,7 +256,6 @@ class Place(NamedTuple):
 
     t: Tensor  # [N] the timestep
     alpha_bars: Tensor  # [N] float64
-    ones: Tensor  # [N] float64
     alpha_bar: Tensor  # [] float64
     sigma: Tensor  # [] float64, noise over signal
 
@@ -267,7 +266,7 @@ def places_of(schedule: Schedule, levels: Sequence[int], x: Tensor) -> list[Plac
     alpha_bar = schedule.alpha_bar[at]
     single = alpha_bar.to(x.device), ((1 - alpha_bar) / alpha_bar).sqrt().to(x.device)
     alpha_bars, t = (one.to(x.device)[:, None].repeat(1, len(x)) for one in (alpha_bar, timestep(at)))
-    return [Place(*one) for one in zip(t, alpha_bars, torch.ones_like(alpha_bars), *single, strict=True)]
+    return [Place(*one) for one in zip(t, alpha_bars, *single, strict=True)]
 
 
 def step(
@@ -280,6 +279,7 @@ def step(
     at: Place,
     to: Place,
     fresh: Tensor | None,
+    ones: Tensor,
     still: Tensor,
 ) -> tuple[Tensor, Point]:
     """Take one step of images x [N, C, H, W] (eq. 3 downwards, eq. 4 upwards): all of it is tensors of one device.
@@ -293,7 +293,8 @@ def step(
         before: where the step before began.
         at: the level of the images.
         to: the level that they come to.
-        fresh: noise [C, H, W] that those who ask for it see.
+        fresh: noise [C, H, W], if anybody asks for it.
+        ones: [N] float64.
         still: zeros [M, C, H, W]: nothing pulls at the last M images.
 
     Returns:
@@ -301,34 +302,31 @@ def step(
     """
     here = Point(x, net(x, at.t)[:, : x.shape[1]].to(x.dtype), at.alpha_bar, at.sigma)
     eps = solver(here, before, to.sigma)
-    g, s = None, at.ones
+    g, s = None, ones
     if pulling:
         guided = len(x) - len(still)
-        g, s = pull(pulling, here.part(slice(guided)), at, to, fresh)
+        g, s = pull(pulling, here.part(slice(guided)), at, to, fresh, ones[:guided])
         if len(still):
-            g, s = torch.cat([g, still]), torch.cat([s, at.ones[guided:]])
+            g, s = torch.cat([g, still]), torch.cat([s, ones[guided:]])
     return ddim_step(x, eps, g, at.alpha_bars, to.alpha_bars, s, clamp), here  # eq. 3, 4
 
 
 def pull(
-    guidance: Sequence[Guidance], here: Point, at: Place, to: Place, fresh: Tensor | None
+    guidance: Sequence[Guidance], here: Point, at: Place, to: Place, fresh: Tensor | None, ones: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return what pulls at the first images of a step together: a gradient [N, C, H, W], and its scale for each, [N].
+    """Return what pulls at the first N images of a step: a gradient [N, C, H, W], and its scale for each, [N].
 
-    `fresh` is the noise [C, H, W] that those who ask for it see.
+    Arguments as of `step`; of N images, `ones` is [N].
     """
-    count = len(here.x)
-    t, alpha_bar, next_alpha_bar = at.t[:count], at.alpha_bars[:count], to.alpha_bars[:count]
-    slopes, scales = [], []
-    for one in guidance:
-        found = slope(one.score, under_fresh_noise(here, fresh) if one.fresh and fresh is not None else here.x, t)
-        assert callable(one.scale), "settled"
-        slopes.append(found)
-        scales.append(one.scale(found, alpha_bar, next_alpha_bar))
+    count = len(ones)
+    shown = here.x if fresh is None else under_fresh_noise(here, fresh)
+    slopes = [slope(one.score, shown if one.fresh else here.x, at.t[:count]) for one in guidance]
+    ends = at.alpha_bars[:count], to.alpha_bars[:count]
+    scales = [one.scale(found, *ends) for one, found in zip(guidance, slopes, strict=True) if callable(one.scale)]
     if len(slopes) == 1:
         return slopes[0].gradient, scales[0]
     pulls = [found.gradient * s[:, None, None, None].to(here.x.dtype) for found, s in zip(slopes, scales, strict=True)]
-    return torch.stack(pulls).sum(0), at.ones[:count]
+    return torch.stack(pulls).sum(0), ones
 
 
 def settled(guidance: Sequence[Guidance], ones: Tensor) -> list[Guidance]:

@@ -474,6 +474,23 @@ def test_a_guide_is_shown_fresh_noise_where_it_asks_for_it_and_the_images_themse
     assert torch.equal(shown[1], under_fresh_noise(here, drawn(200, x)))
 
 
+def test_of_several_guides_each_sees_what_it_asks_for():
+    x, shown = normal(2, 2, 4, 4), {}
+
+    def told(name):
+        def score(x, t):
+            shown[name] = x.detach()
+            return x.flatten(1).sum(1)
+
+        return score
+
+    guidance = [Guidance(told("fresh"), 0.1, fresh=True), Guidance(told("paper"), 0.1)]
+    decode(lambda x, t: 0.3 * x, x, Schedule(), [0, 200], guidance)
+    assert torch.equal(shown["paper"], x)
+    wanted = under_fresh_noise(point(x, 0.3 * x, Schedule().alpha_bar[200]), drawn(200, x))
+    assert torch.equal(shown["fresh"], wanted)
+
+
 @pytest.mark.parametrize("scale", [0.5, balanced(0.3, 0.5)], ids=["paper", "balanced"])
 def test_a_control_is_the_unguided_decode_in_the_same_batch(scale):
     schedule, levels, x = Schedule(), [0, 50, 100, 200], normal(2, 1, 4, 4)

@@ -808,14 +808,16 @@ def test_steps_are_recorded_if_one_thread_alone_asks_networks(quick, images, mon
     assert not recorded or asked == {threading.get_ident()}
 
 
-def test_batches_share_what_is_recorded(quick, images, monkeypatch):
+@pytest.mark.parametrize(("kind", "target"), [("regress", "0.3"), ("classify", "healthy"), ("segment", "mask.nii")])
+def test_batches_share_what_is_recorded(quick, images, monkeypatch, kind, target):
     """Whole translations, whose steps the twin of a CUDA graph takes."""
+    wanted = str(images / target) if kind == "segment" else target
     places, settings = [images / "slice.nii", images / "healthy.nii"] * 2, replace(FEW, batch_size=1)
-    wanted = quick(places, "regress", "0.3", settings=settings)
+    called = quick(places, kind, wanted, settings=settings)
     twin = Twin(monkeypatch)
     monkeypatch.setattr(translation, "player", lambda: Recorder("cpu"))
-    found = quick(places, "regress", "0.3", settings=settings)
-    for one, other in zip(found, wanted, strict=True):
+    recorded = quick(places, kind, wanted, settings=settings)
+    for one, other in zip(recorded, called, strict=True):
         assert torch.equal(one.change, other.change)
     assert twin.recorded <= 4, "up: the first step and the others; down: with a control, and again without"
     assert twin.replayed >= 4 * 2 * FEW.steps
