@@ -7,8 +7,10 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/knife demo
 
+# A worker for each core. Each begins with its part of the tests as they are listed, so that few fixtures are made twice,
+# and the first to be done takes tests from the others.
 test: .venv/ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: .venv/ready-lint
 	$(BIN)/ruff check

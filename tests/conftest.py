@@ -1,5 +1,6 @@
 """What several test modules use: one thread, a folder of tiny stored models, and images for them."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -35,7 +36,9 @@ TARGETS = {"regress": torch.tensor([1.0, -1.0]), "classify": torch.tensor([0, 1]
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
+    """Compute in one thread, here and in the processes that tests start: several workers share the machine."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
