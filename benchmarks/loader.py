@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from knife import data
+from knife.batches import order_of
 from knife.checkpoint import ready
 from knife.ddpm import hybrid_loss
 from knife.devices import precision, resolve_device
@@ -28,7 +29,6 @@ from knife.phantom import write_dataset
 from knife.prepared import key, prepared
 from knife.schedule import Schedule
 from knife.spec import preset
-from knife.train import order_of
 
 RANGE = (-1.0, 1.0)
 READS, STEPS = 30, 3  # batches that are timed

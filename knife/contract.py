@@ -160,7 +160,8 @@ def unregistered(module: object) -> Task:
 
 
 def check_label(trial: Trial, config: Mapping[str, Any]) -> Tensor:
-    """Check that labels have one form, are finite and the same each time; return them as one tensor [N, ...]."""
+    """Check that labels have one form, are finite and not random; return them as one tensor [N, ...]."""
+    before = torch.get_rng_state()
     labels = [trial.task.label(case, config) for case in trial.cases]
     forms = sorted({form(label) for label in labels})
     if len(forms) > 1:
@@ -170,6 +171,9 @@ def check_label(trial: Trial, config: Mapping[str, Any]) -> Tensor:
             raise trial.wrong("label", f"returned {label.tolist()} for {case.name}", "a label must be finite")
         if not torch.equal(label, trial.task.label(case, config)):
             raise trial.wrong("label", f"labelled {case.name} otherwise at the second time", "it must not be random")
+    if not torch.equal(torch.get_rng_state(), before):
+        wanted = "a network in training draws from them at the same time; give it a torch.Generator of its own"
+        raise trial.wrong("label", "drew from torch's own random numbers", wanted)
     return torch.stack(labels)
 
 

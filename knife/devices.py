@@ -6,9 +6,11 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from knife.errors import DeviceError, MemoryShortError, SettingsError
@@ -145,6 +147,28 @@ def deterministic(wanted: bool) -> Iterator[None]:
         cudnn.benchmark = chosen
         if cublas is None:
             del os.environ[CUBLAS]
+
+
+def staged(tensor: Tensor, device: str) -> Tensor:
+    """Return a tensor where a device can fetch it from while the host goes on: for a GPU, in pinned memory."""
+    return tensor.pin_memory() if device.startswith("cuda") and tensor.is_cpu else tensor
+
+
+def told(*numbers: Tensor) -> list[float]:
+    """Return single numbers that a device has computed, all at once: the host waits until they are."""
+    return torch.stack([number.detach().to(numbers[0]) for number in numbers]).tolist()
+
+
+def without_helpers(thread: Executor) -> None:
+    """Let torch compute by itself in the one thread of an executor, and elsewhere as before.
+
+    With helpers of its own there, OpenMP counts more threads than processors, and lets all of them sleep after each
+    loop of a network instead of waiting awake: on two cores a step takes half as long again.
+    """
+    count = torch.get_num_threads()
+    thread.submit(torch.get_num_threads).result()  # asked first, or the thread takes over the others' number later on
+    thread.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(count)  # of threads to come, and of this one
 
 
 @contextmanager

@@ -40,7 +40,9 @@ def configure(cases: "Sequence[Case]", label: str | None) -> dict[str, Any]:
 def label(case: "Case", config: Mapping[str, Any]) -> "Tensor":
     """Return the training label of one case: a class index, a number, a mask [1, H, W].
 
-    It is asked for whenever its case is drawn, so that it should be quick, and must be the same each time.
+    It is asked for whenever its case is drawn, so that it should be quick, and must be the same each time. A training
+    asks in a thread, one label at a time, while the network learns in another: draw nothing from torch's own random
+    numbers, which are the network's then.
     """
 
 

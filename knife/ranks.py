@@ -41,10 +41,16 @@ class Team:
         """Return the sum of what all have."""
         if self.count == 1:
             return value
-        told = torch.tensor([value], dtype=torch.float64, device=self.device)
+        return self.summed(torch.tensor([value], dtype=torch.float64, device=self.device)).item()
+
+    def summed(self, value: Tensor) -> Tensor:
+        """Return the same of a tensor on the device, for which the host does not wait."""
+        if self.count == 1:
+            return value
+        whole = value.clone()
         with in_touch():
-            distributed.all_reduce(told, group=self.group)
-        return told.item()
+            distributed.all_reduce(whole, group=self.group)
+        return whole
 
     def add_gradients(self, net: nn.Module) -> None:
         """Give every parameter the sum of all gradients."""

@@ -17,51 +17,31 @@ with --spare-judge learns from the other half.
 import copy
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from knife.balance import Strata
+from knife.batches import Ahead, Batch, made
 from knife.checkpoint import describe, read_tensors, save, write_safely
-from knife.data import Case, short_hash
-from knife.devices import deterministic, enough_memory, precision, ran_out_of_memory
+from knife.data import short_hash
+from knife.devices import deterministic, enough_memory, precision, ran_out_of_memory, told
 from knife.errors import DiskError, DivergedError, InputError, ModelError, SettingsError
 from knife.files import remove_left_behind
-from knife.job import (
-    BANDS,
-    EPOCH,
-    MATCH,
-    NETWORK,
-    NOISE,
-    PARTS,
-    PREPARED,
-    Job,
-    Run,
-    generator,
-    loss_of,
-    prepare,
-    refuse_full_disk,
-    seed_of,
-    stacked,
-    which_half,
-)  # fmt: skip
+from knife.job import NETWORK, PREPARED, Job, Run, loss_of, prepare, refuse_full_disk, seed_of, which_half
 from knife.layers import forget
 from knife.lock import models_locked
 from knife.ranks import Team, processes, team
-from knife.resume import Log, State, commit, config_before, mean, origin, record, start, tensorboard, tensors_of
+from knife.resume import Log, State, commit, config_before, follow, mean, origin, record, start, tensorboard, tensors_of
 from knife.sheets import measured, samples, sheet_of
 from knife.tasks import Task
 
 T = TypeVar("T")
-LOWER = 1.5  # power by which levels are drawn lower for task networks: 71 of 100 lie below 600 of 1000
 USUAL = 0.98  # decay of the moving average that is the usual loss
 PATIENCE = 10  # steps in a row whose loss or gradient is not finite, before a run gives up
 TRIES = 3  # saves in a row that fail, before a run gives up
@@ -149,8 +129,8 @@ def train(run: Run, watch: Watch, stop: Callable[[], bool] = lambda: False) -> i
             with mine.after_the_first():
                 state = start(job, watch.warned)
             job = introduced(state, replace(job, without=left_out(state, job)), watch)
-            with closing(Log(job, state, writer, watch.warned)) as log:
-                walk(state, job, log, watch, stop)
+            with closing(Log(job, state, writer, watch.warned)) as log, Ahead() as ahead:
+                walk(state, job, log, watch, stop, ahead)
     return state.step
 
 
@@ -178,12 +158,12 @@ def introduced(state: State, job: Job, watch: Watch) -> Job:
     return job
 
 
-def walk(state: State, job: Job, log: Log, watch: Watch, stop: Callable[[], bool]) -> None:
+def walk(state: State, job: Job, log: Log, watch: Watch, stop: Callable[[], bool], ahead: Ahead) -> None:
     """Take all steps that are left, or until one of several processes shall stop, and keep what comes of them."""
     run, kept, failed = job.run, last_kept(state, job), 0
     while state.step < run.steps and not job.team.total(stop()):
-        job = sound(state, job, watch)
-        loss, job = fitting(job, state, watch, partial(train_step, state))
+        job = sound(state, job, watch, ahead.checksums(state.step, job))
+        loss, job = fitting(job, state, watch, partial(train_step, state, make=ahead.batch))
         log.step(state, loss)
         watch.step(state.step, loss)
         if state.step % run.every == 0:
@@ -198,16 +178,16 @@ def walk(state: State, job: Job, log: Log, watch: Watch, stop: Callable[[], bool
         keep(state, job, log, watch)
 
 
-def sound(state: State, job: Job, watch: Watch) -> Job:
+def sound(state: State, job: Job, watch: Watch, checksums: Mapping[int, int]) -> Job:
     """Look whether the images of the next step are as they were when first drawn; return the job without the others.
+
+    checksums: those of these images now.
 
     Raises:
         InputError: if one is not, and --skip-bad is not given.
     """
-    for i in {*batch_of(state.step, job.run, len(job.examples), job.strata)} - job.without:
-        found, known = checksum(job.cases[i], job.task), state.checksums.get(i)
-        state.checksums.setdefault(i, found)
-        if known in (None, found):
+    for i, found in checksums.items():
+        if state.checksums.setdefault(i, found) == found:
             continue
         why = f"{job.cases[i].name}: its decoded copy has changed on the disk since step {state.step} or before"
         if not job.run.skip_bad:
@@ -219,15 +199,6 @@ def sound(state: State, job: Job, watch: Watch) -> Job:
         state.history.append({"step": state.step, "what": "an image went bad and is left out"})
         watch.warned(f"{why}; it is left out from now on, and the others come as they would have.")
     return replace(job, without=left_out(state, job))
-
-
-def checksum(case: Case, kind: Task | None) -> int:
-    """Return a checksum of an image, and of its mask if a task may look at it: of all that lies on the disk."""
-    found = 0
-    for tensor in (case.pixels, case.mask if kind else None):
-        if tensor is not None:
-            found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
-    return found
 
 
 def left_out(state: State, job: Job) -> frozenset[int]:
@@ -304,123 +275,75 @@ def more_memory(run: Run) -> str:
 # --------------------------------------------------------------------------------------------------------- the one step
 
 
-@lru_cache(maxsize=4)
-def order_of(seed: int, epoch: int, count: int) -> list[int]:
-    """Return the order in which an epoch sees the images."""
-    return torch.randperm(count, generator=generator(seed, epoch, EPOCH)).tolist()
-
-
-def batch_of(step: int, run: Run, count: int, kinds: Strata | None = None) -> list[int]:
-    """Return which images a step sees: every epoch is a permutation of its own, and runs on into the next.
-
-    Balanced, each image of the permutation brings one of every other kind with it.
-    """
-    places = range(step * run.batch, (step + 1) * run.batch)
-    if kinds:
-        order, random = partial(order_of, run.drawn_from), partial(generator, run.drawn_from, purpose=MATCH)
-        return [kinds.draw(place, order, random) for place in places]
-    epochs = {i // count for i in places}
-    orders = {epoch: order_of(run.drawn_from, epoch, count) for epoch in epochs}
-    return [orders[i // count][i % count] for i in places]
-
-
-def draw(run: Run, step: int, x0: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Draw the noise levels 1..T [N] and the noise [N, C, H, W] of a step.
-
-    Task networks see low levels more often, as nobody is guided by what is nearly noise alone; a judge sees level 0.
-    """
-    g = generator(run.drawn_from, step, NOISE)
-    if run.judge:
-        level = torch.zeros(len(x0), dtype=torch.long)
-    elif run.kind == "diffusion":
-        level = torch.randint(1, T + 1, (len(x0),), generator=g)
-    else:
-        level = (T * torch.rand(len(x0), generator=g) ** LOWER).ceil().long().clamp(min=1)
-    return level, torch.randn(x0.shape, generator=g)
-
-
-def backward(net: nn.Module, step: int, job: Job, usual: Tensor | None = None) -> float:
+def backward(net: nn.Module, batch: Batch, job: Job, usual: Tensor | None = None) -> Tensor:
     """Compute the gradients of one batch, in as many parts as `run.accumulate` says; return the loss.
+
+    The host never waits for a GPU here: the loss, a float64, and the usual ones lie on the device.
 
     Args:
         net: the network.
-        step: the number of the step, which decides what is drawn.
+        batch: what it shall learn from.
         job: what it is trained on.
         usual: of a task, the usual size of the loss in each band of noise levels, which is brought up to date.
     """
     run, loss = job.run, loss_of(job.task, job.card.schedule)
-    drawn = batch_of(step, run, len(job.examples), job.strata)
-    x0, labels = stacked([job.examples[i] for i in readable(drawn, job)])
-    good = torch.tensor([i not in job.without for i in drawn])
-    count = int(good.sum())
-    level, eps = draw(run, step, x0, job.card.schedule.T)
-    own = seed_of(run.drawn_from, step, NETWORK) ^ job.team.number << 48
+    own = seed_of(run.drawn_from, batch.step, NETWORK) ^ job.team.number << 48
     torch.manual_seed(own)  # for networks that draw on their own, as dropout does
-    total = 0.0 if count else math.nan  # a step without any image is skipped
-    for band, places in bands_of(level, job):
-        rows = places[good[places]]
-        weight, found = 1.0 if usual is None else weight_of(usual, band), 0.0
-        for part in filter(len, job.team.part(rows).split(run.at_once)):
-            x, label, k, e = (tensor[part].to(run.device) for tensor in (x0, labels, level, eps))
+    nothing = torch.zeros((), dtype=torch.float64, device=run.device)
+    total = nothing if batch.count else nothing + math.nan  # a step without any image is skipped
+    for rows in batch.bands:
+        weight, found = torch.ones_like(nothing) if usual is None else weight_of(usual, rows.band), nothing
+        for part in rows.parts(run.at_once):
+            x, label, k, e = (tensor.to(run.device, non_blocking=True) for tensor in part)
             x = x.to(memory_format=torch.channels_last)
             with precision(run.device, run.precision):
-                value = loss(net, x, label, k, e) * len(part) / count
-            torch.autograd.backward(weight * value)
-            found += value.item()
-        found = job.team.total(found)
-        total += found
-        if usual is not None and math.isfinite(found) and len(rows):
-            size = abs(found) * count / len(rows)
-            usual[band] += (1 - USUAL if usual[band] else 1.0) * (size - usual[band])
+                value = loss(net, x, label, k, e) * len(x) / batch.count
+            torch.autograd.backward(weight.to(value.dtype) * value)
+            found = found + value.detach()
+        found = job.team.summed(found)
+        total = total + found
+        if usual is not None and rows.count:
+            bring_up_to_date(usual, rows.band, found.abs() * batch.count / rows.count)
     job.team.add_gradients(net)
     return total
 
 
-def readable(drawn: Sequence[int], job: Job) -> list[int]:
-    """Return which examples are read for those that are drawn: in the place of one that is left out, any other.
-
-    What has gone bad may no longer have a label, and no row of a batch that is left out comes to the network.
-    """
-    good = (i for i in chain(drawn, range(len(job.examples))) if i not in job.without)
-    other = next(good, drawn[0])
-    return [other if i in job.without else i for i in drawn]
-
-
-def bands_of(level: Tensor, job: Job) -> list[tuple[int, Tensor]]:
-    """Return the rows of a batch by the band of noise levels they lie in; a diffusion model has but one band."""
-    if job.task is None or job.run.judge:
-        return [(0, torch.arange(len(level)))]
-    parts = level.argsort(stable=True).chunk(PARTS)
-    T = job.card.schedule.T
-    return [(min(int(level[part].double().mean() * BANDS / T), BANDS - 1), part) for part in parts]
-
-
-def weight_of(usual: Tensor, band: int) -> float:
+def weight_of(usual: Tensor, band: int) -> Tensor:
     """Return what a band of noise levels counts: the inverse of its usual loss.
 
     A task's loss falls by orders of magnitude from noise to clean images. So that its network learns to tell well where
     things can be told well, each band counts by how much better it gets, not by how much there is to get better; a
     usual loss below a hundredth of the largest counts as that, and one not known yet as the largest.
     """
-    most = float(usual.max())
-    return 1 / max(float(usual[band]) or most, most / 100) if most else 1.0
+    most = usual.max()
+    known = torch.where(usual[band] == 0, most, usual[band])
+    return torch.where(most == 0, 1.0, 1 / torch.maximum(known, most / 100))
 
 
-def train_step(state: State, job: Job) -> float:
+def bring_up_to_date(usual: Tensor, band: int, size: Tensor) -> None:
+    """Let the usual loss of a band follow one more, unless that is not finite; the first one is taken as it is."""
+    far = size - usual[band]
+    far = torch.where(usual[band] == 0, far, (1 - USUAL) * far)
+    usual[band] += torch.where(size.isfinite(), far, 0)
+
+
+def train_step(state: State, job: Job, make: Callable[[int, Job], Batch] = made) -> float:
     """Take one step of Adam and follow it with the moving average; return the loss.
 
     A loss or gradient that is not finite leaves the weights as they are; after `PATIENCE` of them in a row it raises.
     If memory runs out, the state is as it was.
+
+    make: returns what a step learns from.
     """
     began, usual = time.perf_counter(), state.usual.clone()
     try:
-        value = backward(state.net, state.step, job, state.usual)
+        loss = backward(state.net, make(state.step, job), job, state.usual)
     except Exception:
         state.usual = usual
         state.optimizer.zero_grad()
         raise
-    gradients = [p.grad for p in state.net.parameters() if p.grad is not None]
-    state.in_a_row = 0 if math.isfinite(value) and all_finite(gradients) else state.in_a_row + 1
+    value, size = told(loss, norm([p.grad for p in state.net.parameters() if p.grad is not None]))
+    state.in_a_row = 0 if math.isfinite(value) and math.isfinite(size) else state.in_a_row + 1
     if state.in_a_row:
         state.skipped += 1
     else:
@@ -440,20 +363,20 @@ def descend(state: State, job: Job) -> None:
     """Move weights and average; half a move cannot be taken back, so there is no second try with smaller parts."""
     with enough_memory(job.run.device, "the moments of Adam do", "choose a smaller --preset"):
         state.optimizer.step()
-        state.ema.update_parameters(state.net)
+        follow(state.ema, state.net, state.step - state.skipped, job.run.ema)
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether no value is NaN or infinite: then and only then is the norm finite."""
-    return bool(torch.nn.utils.get_total_norm(tensors).isfinite())
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all values: it is finite if and only if none of them is NaN or infinite."""
+    return torch.nn.utils.get_total_norm(tensors)
 
 
 def time_a_step(state: State, job: Job) -> float:
-    """Return the seconds of a step, by computing the gradients of a copy twice."""
-    net, seconds = copy.deepcopy(state.net), 0.0
+    """Return the seconds of a step whose batch is there, by computing the gradients of a copy twice."""
+    net, batch, seconds = copy.deepcopy(state.net), made(state.step, job), 0.0
     for _ in range(2):
         began = time.perf_counter()
-        backward(net, state.step, job)
+        told(backward(net, batch, job))
         seconds = time.perf_counter() - began
     return seconds
 
@@ -469,8 +392,8 @@ def keep(state: State, job: Job, log: Log, watch: Watch) -> int:
     """
     if not job.team.first:
         return state.step
-    run, ema = job.run, state.ema.module.eval().requires_grad_(False)
-    if not all_finite([tensor for tensor in tensors_of(state).values() if tensor.is_floating_point()]):
+    run, ema = job.run, state.ema.eval().requires_grad_(False)
+    if not norm([tensor for tensor in tensors_of(state).values() if tensor.is_floating_point()]).isfinite():
         raise DivergedError(
             f"{run.kind}: weights are not finite after step {state.step}, not saved; give a lower --lr."
         )

@@ -15,7 +15,7 @@ FLOORS = {
     8: ("sweep", "demo", "contract", "scaffold", "evaluate", "bench"),
     7: ("translation",),
     6: ("train", "doctor", "inputs", "steering"),
-    5: ("stacks", "report", "calibrate", "job", "resume", "sheets"),
+    5: ("stacks", "report", "calibrate", "job", "batches", "resume", "sheets"),
     4: ("prepared", "survey", "pairs", "outputs", "interop", "diffusers"),
     3: ("layouts", "data", "balance", "checkpoint", "judges"),
     2: ("ddpm", "ddim", "tasks", "masks", "volume", "dicom", "panel", "phantom", "preservation", "patients", "graphs"),
@@ -28,7 +28,7 @@ FLOORS = {
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SAME_FLOOR = {
     ("files", "errors"), ("lock", "errors"), ("lock", "files"), ("resume", "job"), ("sheets", "job"),
-    ("finite", "errors"), ("settings", "errors"), ("finite", "files"), ("spec", "unet"),
+    ("batches", "job"), ("finite", "errors"), ("settings", "errors"), ("finite", "files"), ("spec", "unet"),
     ("ops", "native"), ("graphs", "ddim"), ("layers", "ops"), ("unet", "ops"), ("unet", "layers"),
     ("image", "nifti"), ("image", "picture"), ("dicom", "volume"),
     ("data", "layouts"), ("diffusers", "interop"),

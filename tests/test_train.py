@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +21,15 @@ from PIL import Image as Picture
 from test_lock import holder as locked_elsewhere
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from trees import volume_
 
-from knife import checkpoint, files, resume, sheets, spec, train
+from knife import checkpoint, devices, files, resume, sheets, spec, train
 from knife import data as data_module
 from knife.balance import strata
+from knife.batches import Batch, bands_of, batch_of, draw, made
 from knife.checkpoint import describe, load_model, read_about, read_tensors, stored_models
-from knife.devices import deterministic
+from knife.devices import deterministic, precision
 from knife.errors import (
     DiskError,
     DivergedError,
@@ -37,12 +40,12 @@ from knife.errors import (
     TaskError,
     UnreadableError,
 )
-from knife.job import Example, Job, Run, is_judges, loss_of, prepare, stacked
+from knife.job import BANDS, NETWORK, Example, Job, Run, is_judges, loss_of, prepare, seed_of, stacked
 from knife.layouts import recognise, split_of, write_split
-from knife.resume import State, digest, fill, newest, path_before, resume_path, start, tensors_of
+from knife.resume import State, digest, fill, follow, newest, path_before, resume_path, start, tensors_of
 from knife.schedule import Schedule
 from knife.sheets import measured
-from knife.train import Budget, batch_of
+from knife.train import Budget
 from knife.train import train as run_training
 from knife.unet import Architecture
 
@@ -803,10 +806,10 @@ def test_an_image_that_is_deleted_on_the_way_is_not_missed(squares: Path) -> Non
 def test_an_image_that_goes_bad_on_the_way_ends_the_run_by_name(squares: Path) -> None:
     whole, parts = (a_run(squares, name, steps=20, every=5) for name in ("whole", "parts"))
     trained(whole)
-    spoiler = Spoiler(parts, 6)
+    spoiler = Spoiler(parts, 8)
     with pytest.raises(InputError, match=r"images/03\.png: its decoded copy has changed.*\.prepared, .*--skip-bad"):
         run_training(parts, spoiler)
-    assert 6 <= len(spoiler.steps) < 20
+    assert 8 <= len(spoiler.steps) < 20
     with pytest.raises(InputError, match="prepared data set is damaged; remove the folder"):
         trained(parts)
     shutil.rmtree(parts.models / ".prepared")
@@ -818,7 +821,7 @@ def test_an_image_that_goes_bad_on_the_way_ends_the_run_by_name(squares: Path) -
 def test_an_image_that_goes_bad_is_left_out_on_request_and_the_others_come_as_ever(squares: Path, kind: str) -> None:
     """One run does it in one go, the other is stopped after it, and resumes."""
     runs = [a_run(squares, name, kind, steps=20, every=5, skip_bad=True) for name in ("whole", "parts")]
-    whole, first = Spoiler(runs[0], 6), Spoiler(runs[1], 6)
+    whole, first = Spoiler(runs[0], 8), Spoiler(runs[1], 8)
     run_training(runs[0], whole)
     run_training(runs[1], first, lambda: len(first.steps) == 15)
     shutil.rmtree(runs[1].models / ".prepared")
@@ -840,10 +843,10 @@ def test_an_image_that_goes_bad_is_left_out_on_request_and_the_others_come_as_ev
 def test_an_image_left_out_changes_no_draw_of_the_others(squares: Path) -> None:
     """Until it is drawn, the losses are those of a run in which it never went bad."""
     whole, parts = a_run(squares, "whole", steps=20), a_run(squares, "parts", steps=20, skip_bad=True)
-    spoiler = Spoiler(parts, 6)
+    spoiler = Spoiler(parts, 8)
     run_training(parts, spoiler)
     step = describe(parts.path).card.training["history"][0]["step"]
-    assert 6 <= step < 20
+    assert 8 <= step < 20
     assert spoiler.steps[:step] == trained(whole).steps[:step]
 
 
@@ -853,9 +856,9 @@ def test_the_gradient_is_that_of_the_images_that_are_left(squares: Path, kind: s
     drawn = batch_of(0, job.run, len(job.examples))
     loss = loss_of(job.task, job.card.schedule)
     x0, labels = stacked([job.examples[i] for i in drawn])
-    level, eps = train.draw(job.run, 0, x0, job.card.schedule.T)
+    level, eps = draw(job.run, 0, x0, job.card.schedule.T)
     net, without = job.card.build(), replace(job, without=frozenset(drawn[1:2]))
-    found = train.backward(net, 0, without)
+    found = train.backward(net, made(0, without), without)
     gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
     net.zero_grad()
     rows = torch.tensor([0, 2, 3])
@@ -864,7 +867,8 @@ def test_the_gradient_is_that_of_the_images_that_are_left(squares: Path, kind: s
     assert found == pytest.approx(value.item(), rel=1e-5)
     for mine, p in zip(gradients, [p for p in net.parameters() if p.grad is not None], strict=True):
         torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-6)
-    assert math.isnan(train.backward(net, 0, replace(job, without=frozenset(drawn))))  # a step to be skipped
+    empty = replace(job, without=frozenset(drawn))
+    assert math.isnan(train.backward(net, made(0, empty), empty))  # a step to be skipped
 
 
 def test_an_image_that_the_disk_refused_once_is_a_change_when_it_is_read(
@@ -909,7 +913,7 @@ def gradients_twice(job: Job) -> list[list[Tensor]]:
     with deterministic(True):
         for _ in range(2):
             net.zero_grad()
-            train.backward(net, 3, job)
+            train.backward(net, made(3, job), job)
             found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
     return found
 
@@ -952,7 +956,7 @@ def test_what_torch_computes_in_changing_order_is_refused_in_words(
 ) -> None:
     run, before, real = a_run(squares, deterministic=True), settings_of_torch(), train.backward
 
-    def changing(net: nn.Module, *others: Any) -> float:
+    def changing(net: nn.Module, *others: Any) -> Tensor:
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
         return real(net, *others)
 
@@ -973,12 +977,12 @@ def break_loss(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool], v
     """Let the loss of some steps be not finite; the copy that is timed does not count."""
     backward = train.backward
 
-    def sometimes(net: nn.Module, step: int, job: Job, usual: Tensor | None = None) -> float:
-        loss = backward(net, step, job, usual)
-        if broken(step):
+    def sometimes(net: nn.Module, batch: Batch, job: Job, usual: Tensor | None = None) -> Tensor:
+        loss = backward(net, batch, job, usual)
+        if broken(batch.step):
             for parameter in net.parameters():
                 parameter.grad = torch.full_like(parameter, value)
-            return loss if value == float("inf") else value
+            return loss if value == float("inf") else loss * value
         return loss
 
     monkeypatch.setattr(train, "backward", sometimes)
@@ -1018,8 +1022,8 @@ def test_weights_that_are_not_finite_are_never_saved(squares: Path, monkeypatch:
     before = run.path.read_bytes(), resume_path(run).read_bytes()
     step = train.train_step
 
-    def spoiled(state: State, job: Job) -> float:
-        loss = step(state, job)
+    def spoiled(state: State, job: Job, **others: Any) -> float:
+        loss = step(state, job, **others)
         with torch.no_grad():
             next(state.net.parameters()).view(-1)[0] = torch.inf
         return loss
@@ -1051,7 +1055,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(squares: Path, kind: str, accumula
     for found, one in ((whole, job), (parts, replace(job, run=replace(run, accumulate=accumulate)))):
         net.zero_grad()
         usual = torch.linspace(0.1, 1, 10)
-        found += [torch.tensor(train.backward(net, 3, one, usual)), usual]
+        found += [train.backward(net, made(3, one), one, usual), usual]
         found += [p.grad.clone() for p in net.parameters() if p.grad is not None]
     assert len(whole) == len(parts) > 10
     for a, b in zip(whole, parts, strict=True):
@@ -1068,11 +1072,11 @@ def test_every_band_of_levels_counts_by_its_usual_loss() -> None:
 def test_a_batch_falls_into_bands_by_its_levels(squares: Path) -> None:
     job = prepare(a_run(squares, batch=8))
     level = torch.tensor([900, 20, 480, 30, 950, 470, 40, 10])
-    bands = train.bands_of(level, job)
+    bands = bands_of(level, job)
     assert [band for band, _ in bands] == [0, 0, 4, 9]
     assert [sorted(level[rows].tolist()) for _, rows in bands] == [[10, 20], [30, 40], [470, 480], [900, 950]]
     judge = replace(job, run=replace(job.run, judge=True))
-    assert [(band, rows.tolist()) for band, rows in train.bands_of(level, judge)] == [(0, [*range(8)])]
+    assert [(band, rows.tolist()) for band, rows in bands_of(level, judge)] == [(0, [*range(8)])]
 
 
 def test_the_usual_loss_is_kept_with_the_state(squares: Path) -> None:
@@ -1087,6 +1091,151 @@ def test_the_usual_loss_is_kept_with_the_state(squares: Path) -> None:
     about = {"step": 3}
     fill(fresh, about, tensors_of(state))
     assert torch.equal(fresh.usual, state.usual)
+
+
+def plainly(run: Run) -> tuple[dict[str, Tensor], list[float]]:
+    """Train as the formulas stand, one thing after the other, every loss read where it is made; return what is kept."""
+    job = prepare(run)
+    net, kept, losses = start(job, print).net, [0.0] * BANDS, []
+    adam, loss = torch.optim.Adam(net.parameters(), lr=run.lr), loss_of(job.task, job.card.schedule)
+
+    @torch.no_grad()
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        n = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(run.ema, (1 + n) / (10 + n)))
+
+    ema = AveragedModel(net, multi_avg_fn=average)
+    for step in range(run.steps):
+        x0, labels = stacked([job.examples[i] for i in batch_of(step, run, len(job.examples), job.strata)])
+        level, eps = draw(run, step, x0, job.card.schedule.T)
+        torch.manual_seed(seed_of(run.drawn_from, step, NETWORK))
+        total = 0.0
+        for band, places in bands_of(level, job):
+            most, found = max(kept), 0.0
+            weight = 1 / max(kept[band] or most, most / 100) if most else 1.0
+            for part in filter(len, places.split(run.at_once)):
+                x = x0[part].to(memory_format=torch.channels_last)
+                with precision("cpu", run.precision):
+                    value = loss(net, x, labels[part], level[part], eps[part]) * len(part) / len(x0)
+                torch.autograd.backward(weight * value)
+                found += value.item()
+            total += found
+            if len(places):
+                size = abs(found) * len(x0) / len(places)
+                kept[band] += (1 - train.USUAL if kept[band] else 1.0) * (size - kept[band])
+        adam.step()
+        adam.zero_grad()
+        ema.update_parameters(net)
+        losses.append(total)
+    nets = {"net": net, "ema": ema.module}
+    weights = {f"{name}.{key}": value for name, one in nets.items() for key, value in one.state_dict().items()}
+    return {**weights, "usual": torch.tensor(kept, dtype=torch.float64)}, losses
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("diffusion", {}), ("diffusion", {"batch": 7, "accumulate": 3}), ("diffusion", {"precision": "bfloat16"}),
+        ("regress", {}), ("regress", {"precision": "bfloat16"}), ("classify", {"balance": True, "cap": 8}),
+        ("segment", {"batch": 7, "accumulate": 6}), ("segment", {"judge": True}),
+    ],
+)  # fmt: skip
+def test_a_training_is_its_formulas_to_the_last_bit(squares: Path, kind: str, options: dict[str, Any]) -> None:
+    """Whatever is made ahead, and stays on the device."""
+    run = a_run(squares, kind=kind, **options)
+    wanted, losses = plainly(run)
+    assert [loss for _, loss in trained(run).steps] == losses
+    found = state_of(run)
+    assert {name for name in found if not name.startswith(("adam.", "losses"))} == wanted.keys()
+    assert same({name: found[name] for name in wanted}, wanted)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "regress", "classify", "segment"])
+@pytest.mark.parametrize("accumulate", [1, 8])
+def test_a_step_waits_once_for_a_gpu(
+    squares: Path, monkeypatch: pytest.MonkeyPatch, kind: str, accumulate: int
+) -> None:
+    """On tensors that have no values whoever asks for one fails, as who asks a GPU for one waits."""
+    job, asked = prepare(a_run(squares, kind=kind, batch=8, accumulate=accumulate, device="meta")), list[int]()
+
+    def told(*numbers: Tensor) -> list[float]:
+        assert {number.device.type for number in numbers} == {"meta"}
+        asked.append(len(numbers))
+        return [1.0] * len(numbers)
+
+    monkeypatch.setattr(train, "told", told)
+    monkeypatch.setattr(train, "precision", lambda device, wanted: nullcontext())
+    state = start(job, print)
+    before = [p._version for net in (state.net, state.ema) for p in net.parameters()]
+    for _ in range(3):
+        assert train.train_step(state, job) == 1.0
+    assert asked == [2] * 3
+    assert all(p._version > n for p, n in zip([*state.net.parameters(), *state.ema.parameters()], before, strict=True))
+    with pytest.raises(RuntimeError):
+        devices.told(state.usual[0])
+
+
+def test_what_a_device_tells_is_told_at_once() -> None:
+    assert devices.told(torch.tensor(0.1, dtype=torch.float64), torch.tensor(torch.inf)) == [0.1, math.inf]
+    assert math.isnan(devices.told(torch.tensor(math.nan))[0])
+
+
+@pytest.mark.parametrize("fused", [(False, True), (True, False)])
+def test_moments_of_a_fused_adam_go_on_in_another_and_back(squares: Path, fused: tuple[bool, bool]) -> None:
+    """On a GPU it is fused, and counts its steps there; here both are on the CPU, where torch has it too."""
+    job = prepare(a_run(squares))
+    one, other, whole = (start(job, print) for _ in range(3))
+    for state, wanted in ((one, fused[0]), (other, fused[1]), (whole, False)):
+        state.optimizer = torch.optim.Adam(state.net.parameters(), lr=job.run.lr, fused=wanted)
+    for _ in range(2):
+        train.train_step(one, job)
+    fill(other, {"step": 2}, tensors_of(one))
+    assert [group["fused"] for group in other.optimizer.param_groups] == [fused[1]]
+    for _ in range(2):
+        train.train_step(other, job)
+    for _ in range(4):
+        train.train_step(whole, job)
+    mine, theirs = tensors_of(other), tensors_of(whole)
+    assert {name: tensor.dtype for name, tensor in mine.items()} == {n: tensor.dtype for n, tensor in theirs.items()}
+    for name in mine.keys() - {"losses"}:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
+    assert mine["adam.0.step"] == 4
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["diffusion", "regress"])
+def test_a_training_moves_to_a_gpu_and_back(squares: Path, kind: str) -> None:
+    whole, parts = (a_run(squares, name, kind, steps=9) for name in ("whole", "parts"))
+    told = [loss for _, loss in trained(whole).steps]
+    found: list[float] = []
+    for steps, device in ((3, "cpu"), (6, "cuda:0"), (9, "cpu")):
+        found += [loss for _, loss in trained(replace(parts, steps=steps, device=device)).steps]
+    assert found == pytest.approx(told, rel=0.02)
+    assert state_of(parts)["adam.0.step"] == 9
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["diffusion", "regress", "classify", "segment"])
+def test_a_step_on_a_gpu_waits_where_it_is_told(squares: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Torch itself raises if anything else waits; the first step copies what stays there."""
+    job = prepare(a_run(squares, kind=kind, batch=8, device="cuda:0"))
+    state, real = start(job, print), train.told
+    train.train_step(state, job)
+
+    def told(*numbers: Tensor) -> list[float]:
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return real(*numbers)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(train, "told", told)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            train.train_step(state, job)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("count", "batch"), [(20, 4), (20, 7), (5, 12), (2, 1), (3, 3)])
@@ -1122,16 +1271,16 @@ def test_a_balanced_and_capped_run_resumes_exactly(squares: Path) -> None:
 
 def test_noise_levels_and_noise_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
     run, x0 = a_run(tmp_path, kind="diffusion"), torch.zeros(4000, 1, 2, 2)
-    level, eps = train.draw(run, 3, x0, 10)
+    level, eps = draw(run, 3, x0, 10)
     assert (int(level.min()), int(level.max())) == (1, 10)
     assert torch.bincount(level, minlength=11)[1:].float().std() < 40
-    low, _ = train.draw(a_run(tmp_path, kind="regress"), 3, x0, 10)
+    low, _ = draw(a_run(tmp_path, kind="regress"), 3, x0, 10)
     assert (int(low.min()), int(low.max())) == (1, 10)
     assert (low <= 6).float().mean() == pytest.approx(0.6 ** (1 / 1.5), abs=0.03)
     assert float(eps.std()) == pytest.approx(1, abs=0.02)
-    assert torch.equal(train.draw(run, 3, x0, 10)[1], eps)
-    assert not torch.equal(train.draw(run, 4, x0, 10)[1], eps)
-    assert not torch.equal(train.draw(replace(run, seed=1), 3, x0, 10)[1], eps)
+    assert torch.equal(draw(run, 3, x0, 10)[1], eps)
+    assert not torch.equal(draw(run, 4, x0, 10)[1], eps)
+    assert not torch.equal(draw(replace(run, seed=1), 3, x0, 10)[1], eps)
 
 
 def test_a_task_sees_images_noised_to_every_level(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1154,13 +1303,13 @@ def test_a_task_sees_images_noised_to_every_level(squares: Path, monkeypatch: py
 
 
 def test_the_average_forgets_the_random_start_and_then_decays(squares: Path) -> None:
-    state = start(prepare(a_run(squares, ema=0.5)), print)
-    (own, *_), (averaged, *_) = state.net.parameters(), state.ema.module.parameters()
+    state = start(prepare(a_run(squares)), print)
+    (own, *_), (averaged, *_) = state.net.parameters(), state.ema.parameters()
     values = []
     with torch.no_grad():
-        for value in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0):
+        for count, value in enumerate([2.0**i for i in range(11)]):
             own.fill_(value)
-            state.ema.update_parameters(state.net)
+            follow(state.ema, state.net, count, 0.5)
             values.append(float(averaged.view(-1)[0]))
     expected = values[0]
     assert expected == 1.0
@@ -1198,7 +1347,7 @@ def test_a_judge_sees_clean_images_alone(squares: Path) -> None:
 
     net = Net()
     for step in range(3):
-        train.backward(net, step, job)
+        train.backward(net, made(step, job), job)
     for step, (x, t) in enumerate(seen):
         shown = [job.examples[i][0] for i in batch_of(step, run, len(job.examples))]
         assert torch.equal(x, torch.stack(shown))
@@ -1222,7 +1371,7 @@ def test_a_judge_is_another_network_than_the_guide_and_draws_otherwise(squares: 
     assert jobs[0].card.spec == jobs[1].card.spec.for_judge()
     assert [batch_of(step, judge, 20) for step in range(5)] != [batch_of(step, guide, 20) for step in range(5)]
     x0 = torch.zeros(4, 1, 2, 2)
-    assert not torch.equal(train.draw(judge, 0, x0, 10)[1], train.draw(guide, 0, x0, 10)[1])
+    assert not torch.equal(draw(judge, 0, x0, 10)[1], draw(guide, 0, x0, 10)[1])
     assert a_judge(squares, seed=2**32 - 1).drawn_from < 2**32
 
 

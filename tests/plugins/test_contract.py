@@ -60,6 +60,11 @@ def variant(**hooks):
     return module
 
 
+def drawing(case, config):
+    torch.rand(())
+    return regress.label(case, config)
+
+
 def growing(case, config):
     return torch.zeros(int(case.pixels.sum()) % 7)
 
@@ -110,6 +115,7 @@ VIOLATIONS = {
     "label: number": (lambda case: 0.5, r"returned a float \(0.5\)"),
     "label: NaN": (lambda case: torch.tensor(torch.nan), "returned nan for images/"),
     "label: random": (lambda case: torch.rand(()), "labelled images/.* otherwise at the second time"),
+    "label: draws": (drawing, "drew from torch's own random numbers; .* give it a torch.Generator of its own"),
     "label: two shapes": (growing, r"returned float32 \[.\] and float32 .*must have one form"),
     "build: function": (lambda: lambda x, t: x, r"returned a function.*torch.nn.Module"),
     "build: no weights": (lambda: nn.ReLU(inplace=False), "returned a network without weights"),
