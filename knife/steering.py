@@ -31,7 +31,7 @@ from knife.ddim import (
     encode,
     keep_outside,
 )
-from knife.devices import enough_memory, memory_share, precision
+from knife.devices import enough_memory, memory_share, precision, staged
 from knife.errors import DeviceError, InputError, KnifeError, SamplingError, TaskError
 from knife.graphs import forget
 from knife.image import Image
@@ -505,7 +505,7 @@ def stacked(job: Job, images: Sequence[Image]) -> Tensor:
     """Return images as the model sees them, [N, C, h, w]."""
     spec = job.diffusion.card.spec
     x = torch.stack([image.normalised(spec.size, spec.value_range) for image in images])
-    return x.to(job.device, memory_format=torch.channels_last)
+    return staged(x.contiguous(memory_format=torch.channels_last), job.device).to(job.device, non_blocking=True)
 
 
 def check_sane(job: Job, edits: Sequence[Edit], level: int, x: Tensor) -> None:
