@@ -2,6 +2,7 @@
 
     prepare     read the data, let the task look at its labels     -> Job, which stays the same     (job.py)
     start       a fresh network, or where an earlier run stopped   -> State, which every step changes (resume.py)
+    Ahead       read and draw the next step's batch in a thread    -> Batch, which the step learns from (batches.py)
     train_step  noise a batch, descend, follow with the average
     keep        write the log, the model, a sheet that shows how good it is, and the state to resume from
 

@@ -1319,6 +1319,16 @@ def test_the_average_forgets_the_random_start_and_then_decays(squares: Path) -> 
         assert values[count] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_average_takes_over_what_is_no_weight_as_it_is() -> None:
+    """The statistics of a batch norm are averages already, and count in whole numbers."""
+    net, average = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+    for count in range(3):
+        net(torch.randn(4, 1, 8, 8))
+        follow(average, net, count, 0.5)
+        assert all(map(torch.equal, average.buffers(), net.buffers()))
+    assert average.num_batches_tracked == 3
+
+
 # ----------------------------------------------------------------------------------------------------------- the judge
 
 
