@@ -43,13 +43,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from knife import ops
+from knife.batches import Ahead
 from knife.bench import forward, gradient_operations, machine, medians, operations, peak_gflops, seconds
 from knife.checkpoint import Card, Stored
+from knife.data import Case
 from knife.ddim import Guidance, called, decode, encode, slope
 from knife.devices import computed_in, keep_freed_memory, ran_out_of_memory
 from knife.graphs import in_words, player
+from knife.job import Examples, Run
 from knife.job import Job as TrainingJob
-from knife.job import Run
 from knife.layouts import Folder
 from knife.resume import State, start
 from knife.schedule import Schedule, path, timestep
@@ -418,9 +420,9 @@ def training_job(name: str, folder: Path, options: argparse.Namespace) -> Traini
     plan, spec = preset(name).settings("diffusion"), spec_of(name, "diffusion", options.tiny)
     run = Run("diffusion", folder, folder, "noise", name, plan.steps, plan.batch, plan.lr, plan.ema)
     run = replace(run, device=options.device)
-    examples = [(torch.randn(len(spec.channels), *spec.size), torch.zeros(())) for _ in range(EXAMPLES)]
+    cases = [Case(str(i), torch.randn(len(spec.channels), *spec.size), None, {}) for i in range(EXAMPLES)]
     card = Card("diffusion", "noise", spec, Schedule())
-    return TrainingJob(run, card, None, examples, [], [], 0, Folder(folder, "", []), {}, "", {})
+    return TrainingJob(run, card, None, Examples(cases, None, {}), cases, [], 0, Folder(folder, "", []), {}, "", {})
 
 
 def at_batch(job: TrainingJob, batch: int) -> TrainingJob:
@@ -434,8 +436,9 @@ def trained(state: State, job: TrainingJob, batch: int, options: argparse.Namesp
     work, peak = operations(lambda: forward(state.net, x, middle(x))), peak_of(options.device, precision)
 
     def steps() -> Row:
-        call = partial(train_step, state, at_batch(job, batch))
-        spent = medians({"step": call}, options.repeats, options.device)["step"]
+        with Ahead() as ahead:  # as in a training, the next batch is made beside
+            call = partial(train_step, state, at_batch(job, batch), make=ahead.batch)
+            spent = medians({"step": call}, options.repeats, options.device)["step"]
         return {
             "images a second": batch / spent,
             "seconds": spent,
