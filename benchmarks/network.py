@@ -36,7 +36,7 @@ CASES = {"small-64:1": 40, "small-64:8": 10, "paper-faces:1": 6, "paper-brats:1"
 WAYS = ("float32", "plain norm", "torch's conv", "bfloat16")
 KINDS = ("forward", "gradient")
 PRECISE = ("float32", "bfloat16")
-PAYS = layers.pays
+READY = layers.is_ready
 COLUMNS = (
     "case       ",
     "memory",
@@ -138,7 +138,7 @@ def in_way(way: str, device: str, call: Callable[[], Tensor]) -> Callable[[], Te
 
     def run() -> Tensor:
         unet.group_norm_silu = plain if way == "plain norm" else ops.group_norm_silu
-        layers.pays = no if way == "torch's conv" else PAYS
+        layers.is_ready = no if way == "torch's conv" else READY
         with precision(device, "bfloat16" if way == "bfloat16" else "float32"):
             return call()
 

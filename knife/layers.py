@@ -1,10 +1,10 @@
 """The layers of the networks: torch's while a network learns; once frozen, from weights that were made ready once.
 
 In float32 on the CPU, 3x3 convolutions take a quarter of the products (`knife.ops.winograd`). Under bfloat16 autocast
-weights are halved once instead of at every call, and on the CPU packed as oneDNN reads them. What is made of weights is
-kept beside them: four times their memory in float32, half of it in bfloat16, as much again where a gradient is asked
-for. What a network answers, and its gradient over the pixels, are the same up to rounding. Weights that change in place
-are noticed, but for what is done to `weight.data`.
+weights are halved once instead of at every call. On the CPU those in bfloat16, and large ones in float32, are packed as
+oneDNN reads them. What is made of weights is kept beside them: up to five times their memory in float32, half of it in
+bfloat16, as much again where a gradient is asked for. What a network answers, and its gradient over the pixels, are the
+same up to rounding. Weights that change in place are noticed, but for what is done to `weight.data`.
 """
 
 import functools
@@ -23,6 +23,7 @@ from knife.ops import LANES, TILE, needs_gradient, status, winograd, winograd_we
 
 FEWEST_TILES = 16  # of fewer, fetching four times the weights takes longer than the products that are saved
 FEWEST_CHANNELS = 32
+MANY = 2**18  # weights in float32 that are packed; fewer are as quickly read as they are
 
 
 class Made:
@@ -55,9 +56,9 @@ class Made:
     def halves(self, x: Tensor) -> bool:
         """Tell whether autocast would halve these weights for x, and once is enough, as they are frozen."""
         kind = x.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if not autocast_on(kind) or torch.get_autocast_dtype(kind) != torch.bfloat16:
             return False
-        return torch.get_autocast_dtype(kind) == torch.bfloat16 and self.weight.dtype == torch.float32 and frozen(self)
+        return self.weight.dtype == torch.float32 and frozen(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what was made of the weights out of copies and pickles, whose weights lie elsewhere."""
@@ -112,12 +113,10 @@ class Convolution(Made, nn.Conv2d):
         super().__init__(channels, outputs, width, stride, padding=width // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.halves(x):
-            x = x.bfloat16()
-            if self.stride != (1, 1) or not packs(x):
-                return self._conv_forward(x, self.halved(), self.halved_bias())
-        elif not pays(x, self):
-            return super().forward(x)
+        halved = self.halves(x)
+        x = x.bfloat16() if halved else x
+        if not is_ready(x, self):
+            return self._conv_forward(x, self.halved(), self.halved_bias()) if halved else super().forward(x)
         if needs_gradient(x):
             differentiable: Any = _Frozen
             convolved: Tensor = differentiable.apply(x, self)
@@ -126,15 +125,17 @@ class Convolution(Made, nn.Conv2d):
 
     def convolve(self, x: Tensor) -> Tensor:
         """Convolve features by frozen weights, in float32 or bfloat16."""
-        if x.dtype == torch.float32:
+        if pays(x, self):
             return winograd(x, self.once("winograd", lambda: winograd_weight(self.weight.detach())), self.bias)
-        return packed(x, self.once("packed", lambda: pack(self.weight.detach().bfloat16(), x)), self.halved_bias())
+        bias = self.bias if x.dtype == torch.float32 else self.halved_bias()
+        return packed(x, self.once(f"packed {x.dtype}", lambda: pack(self.weight.detach().to(x.dtype), x)), bias)
 
     def descend(self, grad: Tensor) -> Tensor:
         """Return the gradient over x, of that over y: again a convolution, by the weights turned around."""
-        if grad.dtype == torch.float32:
+        if pays(grad, self):
             return winograd(grad, self.once("winograd back", lambda: winograd_weight(self.turned())), None)
-        return packed(grad, self.once("packed back", lambda: pack(self.turned().bfloat16(), grad)), None)
+        turned = self.once(f"packed {grad.dtype} back", lambda: pack(self.turned().to(grad.dtype), grad))
+        return packed(grad, turned, None)
 
     def turned(self) -> Tensor:
         """Return the weights that lead backwards, [C, K, w, w]."""
@@ -169,16 +170,26 @@ def frozen(layer: Made) -> bool:
     return not torch.compiler.is_compiling()
 
 
+def autocast_on(kind: str) -> bool:
+    """Tell whether torch chooses the precision on devices of a kind."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def is_ready(x: Tensor, convolution: Convolution) -> bool:
+    """Tell whether x [N, C, H, W] is convolved by weights that were made ready; those of a stride are not."""
+    weight, halved = convolution.weight, x.dtype == torch.bfloat16
+    if x.device.type != "cpu" or convolution.stride != (1, 1) or weight.dtype != torch.float32:
+        return False
+    if not frozen(convolution) or not (halved or (x.dtype == torch.float32 and not autocast_on("cpu"))):
+        return False
+    return pays(x, convolution) or (packs() and (halved or weight.numel() >= MANY))
+
+
 def pays(x: Tensor, convolution: Convolution) -> bool:
-    """Tell whether a convolution of x [N, C, H, W] can be done faster, by fewer products."""
-    weight = convolution.weight
-    if not frozen(convolution):
-        return False
-    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
-        return False
-    outputs, channels, width, _ = weight.shape
+    """Tell whether a convolution of x [N, C, H, W] that is ready can be done faster, by fewer products."""
+    outputs, channels, width, _ = convolution.weight.shape
     tiles = len(x) * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE)
-    if width != 3 or convolution.stride != (1, 1) or tiles < FEWEST_TILES:
+    if x.dtype != torch.float32 or width != 3 or tiles < FEWEST_TILES:
         return False
     if min(outputs, channels) < FEWEST_CHANNELS or outputs % LANES or channels % LANES:
         return False
@@ -198,9 +209,9 @@ def has_packing() -> bool:
     return there and bool(ONEDNN._is_mkldnn_bf16_supported())
 
 
-def packs(x: Tensor) -> bool:
-    """Tell whether oneDNN convolves features like x, so that weights can be packed for it."""
-    return x.device.type == "cpu" and has_packing() and bool(torch.backends.mkldnn.enabled)
+def packs() -> bool:
+    """Tell whether oneDNN convolves, so that weights can be packed for it."""
+    return has_packing() and bool(torch.backends.mkldnn.enabled)
 
 
 def pack(weight: Tensor, x: Tensor) -> Tensor:

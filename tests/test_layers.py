@@ -30,6 +30,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return seen
 
 
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tell what is made of weights."""
+    made = list[str]()
+    once = layers.Made.once
+
+    def spy(self, what: str, make):
+        return once(self, what, lambda: made.append(what) or make())
+
+    monkeypatch.setattr(layers.Made, "once", spy)
+    return made
+
+
 def frozen(channels: int = 32, outputs: int = 48) -> tuple[Convolution, nn.Conv2d]:
     """Build a frozen convolution, and torch's own with the same weights."""
     torch.manual_seed(0)
@@ -108,29 +121,40 @@ def test_a_network_that_learns_is_left_to_torch(calls: list[torch.Size]) -> None
     assert not ours.made[1]
 
 
-@pytest.mark.parametrize(
-    ("channels", "outputs", "shape", "dtype"),
-    [
-        (32, 32, (1, 12, 12), torch.float32),  # nine tiles
-        (16, 32, (1, 32, 32), torch.float32),
-        (40, 32, (1, 32, 32), torch.float32),
-        (32, 40, (1, 32, 32), torch.float32),
-        (32, 32, (1, 32, 32), torch.float64),
-        (32, 32, (1, 32, 32), torch.bfloat16),
-    ],
-)
-def test_what_does_not_suit_is_left_to_torch(calls, channels, outputs, shape, dtype) -> None:
-    ours, plain = (net.to(dtype) for net in frozen(channels, outputs))
-    x = torch.randn(shape[0], channels, *shape[1:], dtype=dtype)
-    assert torch.equal(ours(x), plain(x))
+UNSUITED = {"six tiles": (32, 32, 8, 12), "few channels": (16, 32, 32, 32), "odd channels": (40, 32, 32, 32)}
+
+
+@pytest.mark.parametrize("many", [1, 2**18], ids=["packed", "by torch"])
+@pytest.mark.parametrize(("channels", "outputs", "height", "width"), UNSUITED.values(), ids=UNSUITED)
+def test_where_fewer_products_do_not_suit_large_weights_are_packed(
+    calls, halved: list[str], monkeypatch: pytest.MonkeyPatch, channels: int, outputs: int, height, width, many: int
+) -> None:
+    if not layers.has_packing():
+        pytest.skip("this torch or processor packs no weights")
+    monkeypatch.setattr(layers, "MANY", many)
+    ours, plain = frozen(channels, outputs)
+    x = torch.randn(1, channels, height, width)
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient(ours, x), gradient(plain, x), rtol=1e-5, atol=1e-5)
+    assert halved == (["packed torch.float32", "packed torch.float32 back"] if many == 1 else [])
     assert not calls
 
 
-def test_without_kernels_torch_convolves(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_precisions_are_left_to_torch(calls: list[torch.Size], halved: list[str], dtype: torch.dtype) -> None:
+    ours, plain = (net.to(dtype) for net in frozen())
+    x = torch.randn(1, 32, 32, 32, dtype=dtype)
+    assert torch.equal(ours(x), plain(x))
+    assert not calls
+    assert not halved
+
+
+def test_without_kernels_no_products_are_saved(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "status", lambda device: ops.native.Status(device, "torch", "not compiled"))
     ours, plain = frozen()
     x = torch.randn(1, 32, 16, 16)
-    assert torch.equal(ours(x), plain(x))
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
     assert not calls
 
 
@@ -139,19 +163,6 @@ def test_autocast_takes_no_fewer_products(calls: list[torch.Size]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(torch.randn(1, 32, 16, 16)).dtype == torch.bfloat16
     assert not calls
-
-
-@pytest.fixture
-def halved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Tell what is made of weights."""
-    made = list[str]()
-    once = layers.Made.once
-
-    def spy(self, what: str, make):
-        return once(self, what, lambda: made.append(what) or make())
-
-    monkeypatch.setattr(layers.Made, "once", spy)
-    return made
 
 
 FORMS = {"three wide": (3, 1), "one wide": (1, 1), "halving": (3, 2)}
@@ -163,7 +174,7 @@ def test_under_autocast_frozen_weights_are_halved_once(monkeypatch, halved, widt
     if packed and not layers.has_packing():
         pytest.skip("this torch or processor packs no weights")
     if not packed:
-        monkeypatch.setattr(layers, "packs", lambda x: False)
+        monkeypatch.setattr(layers, "packs", lambda: False)
     torch.manual_seed(0)
     ours, plain = Convolution(32, 48, width, stride), nn.Conv2d(32, 48, width, stride, width // 2)
     plain.load_state_dict(ours.state_dict())
@@ -179,7 +190,7 @@ def test_under_autocast_frozen_weights_are_halved_once(monkeypatch, halved, widt
                 assert descents[0].dtype == x_as_given.dtype
                 torch.testing.assert_close(*descents, rtol=0.01, atol=0.01)
     assert len(halved) == len({*halved})
-    assert ("packed back" in halved) == (packed and stride == 1)
+    assert ("packed torch.bfloat16 back" in halved) == (packed and stride == 1)
 
 
 def test_weights_that_change_are_halved_anew(halved: list[str]) -> None:
@@ -291,7 +302,7 @@ def test_networks_answer_as_with_torch(calls: list[torch.Size], monkeypatch: pyt
         answer, slope = net(x, t), gradient(lambda x, net=net: net(x, t), x)
         count = len(calls)
         with monkeypatch.context() as patch:
-            patch.setattr(layers, "pays", lambda x, convolution: False)
+            patch.setattr(layers, "is_ready", lambda x, convolution: False)
             plain = twin(x, t), gradient(lambda x, twin=twin: twin(x, t), x)
         assert count == len(calls) > 0
         for got, wanted in zip((answer, slope), plain, strict=True):
