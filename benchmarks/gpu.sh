@@ -37,6 +37,7 @@ gpu_ops() {
     python3 -c 'from knife import native, ops; [print(ops.status(d), ops.self_test(d)) for d in native.SOURCES]'
     say "tests"
     timeout 240 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_graphs.py -rs
+    timeout 60 python3 -m pytest -q -p no:cacheprovider tests/test_train.py -m cuda
     say "GB/s"
     for dtype in float32 bfloat16; do
         python3 benchmarks/ops.py --device cuda --dtype "$dtype" | tee "$out/ops-$dtype.txt"
