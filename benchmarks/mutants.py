@@ -85,6 +85,8 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {  # why no test can tell them apart ->
     "how much is kept changes no result": (
         "ddim: 64 -> 65",
         "ddim: 64 -> 63",
+        "schedule.alpha_bar_on: lru_cache(8) -> lru_cache(9)",
+        "schedule.alpha_bar_on: lru_cache(8) -> lru_cache(7)",
         "ddpm: @lru_cache(8) -> no decorator",
         "ddpm.coefficients: lru_cache(8) -> lru_cache(9)",
         "ddpm.coefficients: lru_cache(8) -> lru_cache(7)",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knife.errors import SettingsError
-from knife.schedule import MOST_LEVELS, Schedule, noise, path, timestep
+from knife.schedule import MOST_LEVELS, Schedule, alpha_bar_on, noise, path, timestep
 
 KINDS = ("linear", "cosine")
 patient = settings(deadline=None, derandomize=True, max_examples=60)
@@ -150,3 +150,11 @@ def test_path_takes_the_nearest_levels():
 def test_paths_that_lead_nowhere_are_refused(noise_level, steps, words):
     with pytest.raises(SettingsError, match=words):
         path(noise_level, steps)
+
+
+def test_alpha_bar_is_copied_to_a_device_once():
+    schedule = Schedule("cosine", 7)
+    assert torch.equal(alpha_bar_on(schedule, torch.device("cpu")), schedule.alpha_bar)
+    there = alpha_bar_on(schedule, torch.device("meta"))
+    assert (there.device.type, there.dtype, there.shape) == ("meta", torch.float64, (8,))
+    assert alpha_bar_on(Schedule("cosine", 7), torch.device("meta")) is there
