@@ -70,7 +70,8 @@ def guide(net: "nn.Module", x: "Tensor", t: "Tensor", target: "Tensor") -> "Tens
     """Return how well each noised image fits its target, [N], to climb over the pixels; target is [N, ...].
 
     A score below 0 is understood to be best at 0, as a log-likelihood or minus a square is: no step asks for more.
-    One without end, as for "more", stays above 0.
+    One without end, as for "more", stays above 0. To look at values on the way (`if x.max() > 1`, `.item()`) makes a
+    GPU wait, and such steps are not recorded.
     """
 
 
