@@ -411,12 +411,12 @@ def attempt(job: Job, start: Start, strengths: Sequence[float | None]) -> tuple[
 
     def descend(level: int, x: Tensor) -> None:
         nonlocal latest
-        latest = level, x[: len(start.edits)]
+        latest = level, x[: len(start.edits)]  # without controls
         job.ticks.step()
         if level in looks or job.device == "cpu":  # a GPU would have to be waited for
-            check_sane(job, start.edits, level, x[: len(start.edits)])
+            check_sane(job, start.edits, *latest)
         if level in looks:
-            along.append((level, seen(job, start, level, x[: len(start.edits)])))
+            along.append((level, seen(job, start, *latest)))
 
     spec, settings = job.diffusion.card.spec, job.settings
     guidance = [guidance_of(job, start, number, strengths) for number in range(len(job.guides))]
