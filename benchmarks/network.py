@@ -5,8 +5,8 @@
 Each network has random weights and is called as a translation calls it: frozen, channels_last, the U-Net without
 autograd, the guide (the encoder of the preset) with a gradient over the pixels alone. Side by side in one process, in
 turn: as the program computes in float32, with the norm in plain torch, with torch's convolutions instead of those by
-fewer products, which are for the CPU, and in bfloat16. On the CPU all is done twice, in processes of their own: with
-freed memory kept, as the program does it, and left to the system (KNIFE_MALLOC).
+fewer products or by packed weights, which are for the CPU, and in bfloat16. On the CPU all is done twice, in processes
+of their own: with freed memory kept, as the program does it, and left to the system (KNIFE_MALLOC).
 
 GFLOP/s of the forward pass, counted as torch's convolutions need them, stand beside those of one large matrix product
 in the same precision, the most that the machine was seen to do; fewer products than counted may bring them above it.

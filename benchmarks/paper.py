@@ -222,9 +222,7 @@ def walks(options: argparse.Namespace) -> Iterator[Row]:
             x = images(job, batch)
             for solver, steps in (("ddim", options.steps), ("ab2", min(SHORT, options.steps))):
                 settings = replace(job.settings, solver=solver, steps=steps)
-                one = replace(
-                    job, settings=settings, play=player()
-                )  # of its own, so that each row holds its memory alone
+                one = replace(job, settings=settings, play=player())  # so that each row holds its own memory alone
                 row = {"case": case, "batch": batch, "solver": solver, "steps": steps}
                 yield fenced(row, options.device, partial(timed_walk, one, x, work, options))
 

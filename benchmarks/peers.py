@@ -468,13 +468,9 @@ def knife(folder: Path, case: Case, where: Where) -> Run:
 
 def precisely(network: Network, where: Where) -> Network:
     """Return a network, or a score, in the precision that a translation gives it."""
-    from knife.devices import precision
+    from knife.steering import answer
 
-    def answer(x: Tensor, t: Tensor) -> Tensor:
-        with precision(where.device, where.precision):
-            return network(x, t)
-
-    return answer
+    return partial(answer, where.device, where.precision, network)
 
 
 def with_rate(net: nn.Module, where: Where) -> Run:

@@ -162,8 +162,8 @@ def told(*numbers: Tensor) -> list[float]:
 def without_helpers(thread: Executor) -> None:
     """Let torch compute by itself in the one thread of an executor, and elsewhere as before.
 
-    With helpers of its own there, OpenMP counts more threads than processors, and lets all of them sleep after each
-    loop of a network instead of waiting awake: on two cores a step takes half as long again.
+    With helpers of its own there, OpenMP would count more threads than processors, and let all of them sleep after each
+    loop of a network instead of waiting awake.
     """
     count = torch.get_num_threads()
     thread.submit(torch.get_num_threads).result()  # asked first, or the thread takes over the others' number later on
