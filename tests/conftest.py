@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from knife import cli
+from knife import cli, ops
 from knife.checkpoint import Card, save
 from knife.ddim import slope
 from knife.phantom import phantom, write_nifti
@@ -39,6 +39,15 @@ def one_thread() -> None:
     """Compute in one thread, here and in the processes that tests start: several workers share the machine."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def meta_ops() -> str:
+    """Return a device that holds no values, and let plain torch serve it, as no kernel is for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KNIFE_OPS", "torch")
+        assert ops.status("meta").path == "torch"
+    return "meta"
 
 
 @pytest.fixture(scope="session")

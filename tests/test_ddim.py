@@ -703,10 +703,9 @@ def test_a_network_of_lower_precision_answers_in_the_precision_of_the_images():
     assert encode(lambda x, t: x.bfloat16(), x, Schedule(), [0, 10])[0].dtype == torch.float64
 
 
-def test_the_walk_stays_on_the_device_of_its_images(monkeypatch):
-    """A device that holds no values will do; no kernel is for it."""
-    monkeypatch.setenv("KNIFE_OPS", "torch")
-    x, asked = torch.empty(2, 1, 4, 4, device="meta"), []
+def test_the_walk_stays_on_the_device_of_its_images(meta_ops):
+    """A device that holds no values will do."""
+    x, asked = torch.empty(2, 1, 4, 4, device=meta_ops), []
 
     def net(x, t):
         asked.append((x.device.type, t.device.type))
@@ -794,9 +793,9 @@ def test_a_step_launches_nothing_but_networks_and_the_step():
 
 
 @pytest.mark.parametrize("scale", [2.0, balanced(0.1, 1.0)], ids=["fixed", "balanced"])
-def test_a_walk_never_waits_for_a_gpu(scale):
+def test_a_walk_never_waits_for_a_gpu(meta_ops, scale):
     """On tensors that have no values whoever asks for one fails, as who asks a GPU for one waits."""
-    x, w = torch.empty(2, 3, 8, 8, device="meta"), torch.empty(6, 3, 3, 3, device="meta")
+    x, w = torch.empty(2, 3, 8, 8, device=meta_ops), torch.empty(6, 3, 3, 3, device=meta_ops)
 
     def net(x, t):
         return torch.nn.functional.conv2d(x, w, padding=1) * t[:, None, None, None]
